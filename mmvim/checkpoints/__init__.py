@@ -1,0 +1,1 @@
+"""Reading published checkpoints and fitting them to the models here."""

@@ -1,0 +1,1 @@
+"""Backbones, necks and layers; needs torch and mmengine only."""
