@@ -1,0 +1,52 @@
+"""Choice of a backend: each op has one table, in order of preference, and every backend answers with reasons."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to run an op.
+
+    Attributes:
+        name: what callers pass as ``backend=``.
+        why_not: called with the input tensor and the state size; returns why this backend cannot run them, or None
+            if it can.
+        load: imports the backend and returns the function that runs the op.
+    """
+
+    name: str
+    why_not: Callable[[Tensor, int], str | None]
+    load: Callable[[], Callable]
+
+
+def choose_backend(op: str, table: Sequence[Backend], forced: str | None, x: Tensor, n: int) -> Backend:
+    """The first backend of ``table`` that can run ``x``, or the forced one.
+
+    Raises:
+        ValueError: if ``forced`` is no name of the table.
+        RuntimeError: if the forced backend cannot run this (there is no silent fallback), or if none can.
+    """
+    if forced is not None and forced not in [backend.name for backend in table]:
+        raise ValueError(f'{op}: unknown backend {forced!r}; choose one of {[backend.name for backend in table]}')
+    reasons = []
+    for backend in table:
+        if forced is not None and backend.name != forced:
+            continue
+        reason = backend.why_not(x, n)
+        if reason is None:
+            return backend
+        reasons.append(f'backend {backend.name!r} cannot run this: {reason}')
+    raise RuntimeError(f'{op}: ' + '; '.join(reasons))
+
+
+@torch.compiler.assume_constant_result
+def missing_package(name: str) -> bool:
+    """Whether the package is not installed (looked up, not imported)."""
+    return importlib.util.find_spec(name) is None

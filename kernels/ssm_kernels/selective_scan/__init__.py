@@ -1,0 +1,290 @@
+"""Selective scan (the recurrence of Mamba-1): public functions, argument checks and the table of backends.
+
+Source: Mamba, arXiv 2312.00752, equation 2 and algorithm 2.
+"""
+
+# K directions (1 or 2), B batch, L tokens, D channels, N state size, G groups of channels
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..dispatch import Backend, choose_backend, missing_package
+from .reference import selective_scan_reference
+
+MAX_STATE_SIZE = 256
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def _triton_why_not(u: Tensor, n: int) -> str | None:
+    if u.device.type not in ('cuda', 'xpu'):
+        return f'tensors are on {u.device.type}; Triton needs cuda, hip or xpu'
+    return 'this version has no Triton selective scan'
+
+
+def _load_triton() -> Callable:
+    raise RuntimeError('this version has no Triton selective scan')
+
+
+def _numba_why_not(u: Tensor, n: int) -> str | None:
+    if u.device.type != 'cpu':
+        return f'tensors are on {u.device.type}; Numba runs on the cpu'
+    if u.dtype == torch.float64:
+        return 'the kernel computes in float32, the tensors are float64'
+    if missing_package('numba'):
+        return 'numba is not installed (pip install numba)'
+    return None
+
+
+def _load_numba() -> Callable:
+    from .cpu import selective_scan_numba
+
+    return selective_scan_numba
+
+
+BACKENDS = (
+    Backend('triton', _triton_why_not, _load_triton),
+    Backend('numba', _numba_why_not, _load_numba),
+    Backend('torch', lambda u, n: None, lambda: selective_scan_reference),
+)
+
+
+def selective_scan(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    *,
+    dt_softplus: bool = False,
+    reverse: bool = False,
+    return_last_state: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """``h_l = exp(delta_l A) h_{l-1} + delta_l B_l u_l``, ``y_l = <C_l, h_l> + D u_l``, then ``y_l * silu(z_l)``.
+
+    delta is ``dt + dt_bias``, or softplus of that. Source: Mamba, arXiv 2312.00752, equation 2 and algorithm 2.
+
+    Args:
+        u: input (B, L, D), float32, float16, bfloat16 or float64; the result has this dtype. Under autocast
+            float32 activations are taken in the autocast dtype; the parameters keep theirs.
+        dt: step sizes before bias and softplus, (B, L, D), dtype of u.
+        A: (D, N), float32 or dtype of u.
+        B, C: (B, L, N) shared by all channels or (B, L, G, N) for G groups of D/G neighbouring channels, dtype of u;
+            or (D, N) constant over the tokens, float32 or dtype of u.
+        D: weights of the skip connection, (D), float32 or dtype of u; None for no skip.
+        z: gate (B, L, D), dtype of u; None for no gate.
+        dt_bias: (D), float32 or dtype of u.
+        dt_softplus: whether delta is softplus(dt + dt_bias).
+        reverse: run from the last token to the first. Nothing is flipped: ``y[:, l]`` belongs to ``u[:, l]``.
+        return_last_state: also return the state after the last step (with ``reverse`` that is token 0).
+        backend: 'triton', 'numba' or 'torch'; None takes the first that can run these tensors.
+
+    Returns:
+        y (B, L, D), or (y, last_state) with last_state (B, D, N) in float32 (float64 for float64 input).
+
+    Raises:
+        ValueError: if a shape, dtype or device does not fit, naming the argument; or for an unknown backend.
+        RuntimeError: if the forced backend cannot run these tensors, with its reason.
+    """
+    op = 'selective_scan'
+    _check(op, (), u, dt, A, B, C, D, z, dt_bias)
+    stacked = [None if x is None else x.unsqueeze(0) for x in (u, dt, A, B, C, D, dt_bias)]
+    y, state = _run(op, backend, *stacked[:6], z, stacked[6], dt_softplus, reverse, 1.0)
+    return (y, state.squeeze(0)) if return_last_state else y
+
+
+def bidirectional_selective_scan(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    *,
+    dt_softplus: bool = False,
+    scale: float = 1.0,
+    backend: str | None = None,
+) -> Tensor:
+    """``scale * (y_0 + y_1) * silu(z)`` of a scan from left to right and one from right to left, nothing flipped.
+
+    Arguments as in :func:`selective_scan` with one leading dimension of size 2 for the direction: index 0 runs from
+    the first token to the last, index 1 from the last to the first. A direction that shares a tensor with the other
+    may pass an expanded view.
+
+    Args:
+        u, dt: (2, B, L, D).
+        A: (2, D, N).
+        B, C: (2, B, L, N), (2, B, L, G, N) or (2, D, N).
+        D, dt_bias: (2, D).
+        z: gate (B, L, D), shared by both directions.
+        dt_softplus: whether delta is softplus(dt + dt_bias).
+        scale: factor of the result, 0.5 for the mean of both directions.
+        backend: as in :func:`selective_scan`.
+
+    Returns:
+        (B, L, D) in u's dtype.
+
+    Raises:
+        ValueError, RuntimeError: as :func:`selective_scan`.
+    """
+    op = 'bidirectional_selective_scan'
+    _check(op, (2,), u, dt, A, B, C, D, z, dt_bias)
+    return _run(op, backend, u, dt, A, B, C, D, z, dt_bias, dt_softplus, False, scale)[0]
+
+
+def selective_scan_fn(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    return_last_state: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """:func:`selective_scan` with the signature and the channels-first layout of mamba_ssm's function of this name.
+
+    Args:
+        u, delta, z: (B, D, L).
+        A: (D, N), real.
+        B, C: (D, N) constant, (B, N, L) shared or (B, G, N, L) grouped.
+        D, delta_bias: (D).
+        delta_softplus: whether the step is softplus(delta + delta_bias).
+        return_last_state: also return the state after the last token.
+
+    Returns:
+        out (B, D, L) in u's dtype, or (out, last_state) with last_state (B, D, N) in float32.
+
+    Raises:
+        ValueError: if a shape, dtype or device does not fit, naming the argument.
+    """
+    op = 'selective_scan_fn'
+    _check(op, (), u, delta, A, B, C, D, z, delta_bias, channels_first=True)
+    last = [None if x is None else x.transpose(1, 2) for x in (u, delta, z)]
+    B, C = (x if x.dim() == 2 else x.movedim(-1, 1) for x in (B, C))
+    y, state = selective_scan(
+        last[0], last[1], A, B, C, D, last[2], delta_bias, dt_softplus=delta_softplus, return_last_state=True
+    )
+    y = y.transpose(1, 2).contiguous()
+    return (y, state) if return_last_state else y
+
+
+def _run(
+    op: str,
+    forced: str | None,
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    reverse: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Dispatches K stacked directions: one shape of call for every backend."""
+    if torch.is_autocast_enabled(u.device.type) and u.dtype != torch.float64:
+        low = torch.get_autocast_dtype(u.device.type)
+        u, dt = u.to(low), dt.to(low)
+        B, C = (x if x.dim() == 3 else x.to(low) for x in (B, C))
+        z = None if z is None else z.to(low)
+    B, C = (x.unsqueeze(3) if x.dim() == 4 else x for x in (B, C))
+    run = choose_backend(op, BACKENDS, forced, u, A.shape[-1]).load()
+    return run(u, dt, A, B, C, D, z, dt_bias, dt_softplus, reverse, scale)
+
+
+def _check(
+    op: str,
+    lead: tuple[int, ...],
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    channels_first: bool = False,
+) -> None:
+    """Raises ValueError at the first argument that does not fit, with both shapes and what is legal."""
+    dt_name, bias_name, tokens_of_u = 'dt', 'dt_bias', '(B, L, D)'
+    if channels_first:
+        dt_name, bias_name, tokens_of_u = 'delta', 'delta_bias', '(B, D, L)'
+    named = {'u': u, dt_name: dt, 'A': A, 'B': B, 'C': C, 'D': D, 'z': z, bias_name: dt_bias}
+
+    def fail(name: str, problem: str) -> None:
+        raise ValueError(f'{op}: {name} {problem}')
+
+    for name, x in named.items():
+        if x is None and name in ('D', 'z', bias_name):
+            continue
+        if not isinstance(x, Tensor):
+            fail(name, f'must be a tensor, got {type(x).__name__}')
+        if x.device != u.device:
+            fail(name, f'is on {x.device}, u is on {u.device}; all tensors must be on one device')
+        token_wise = name in ('u', dt_name, 'z') or (name in ('B', 'C') and x.dim() > 2 + len(lead))
+        if x.dtype not in DTYPES:
+            fail(name, f'has dtype {x.dtype}; legal are {", ".join(map(str, DTYPES))}')
+        legal = (u.dtype,) if token_wise or u.dtype == torch.float64 else (u.dtype, torch.float32)
+        if torch.is_autocast_enabled(u.device.type) and u.dtype != torch.float64:
+            legal = DTYPES[:3]
+        if x.dtype not in legal:
+            wanted = ' or '.join(dict.fromkeys(map(str, legal)))
+            fail(name, f'has dtype {x.dtype}, u has {u.dtype}; {name} must be {wanted}')
+
+    def shape_of(x: Tensor) -> str:
+        return str(tuple(x.shape))
+
+    K = ''.join(f'{size}, ' for size in lead)
+    if u.dim() != 3 + len(lead) or u.shape[: len(lead)] != lead:
+        fail('u', f'has shape {shape_of(u)}, must be ({K}{tokens_of_u[1:]}')
+    if 0 in u.shape:
+        fail('u', f'has shape {shape_of(u)}; every size must be at least 1')
+    batch, length, dim = u.shape[len(lead) :]
+    if channels_first:
+        length, dim = dim, length
+    if dt.shape != u.shape:
+        fail(dt_name, f'has shape {shape_of(dt)}, must equal that of u, {shape_of(u)}')
+    if z is not None and z.shape != u.shape[len(lead) :]:
+        fail('z', f'has shape {shape_of(z)}, must be {tuple(u.shape[len(lead) :])} for u of shape {shape_of(u)}')
+    if A.dim() != 2 + len(lead) or A.shape[:-1] != (*lead, dim):
+        fail('A', f'has shape {shape_of(A)}, must be ({K}{dim}, N) for u of shape {shape_of(u)}')
+    n = A.shape[-1]
+    if not 1 <= n <= MAX_STATE_SIZE:
+        fail('A', f'has shape {shape_of(A)}: state size {n}, legal are 1 to {MAX_STATE_SIZE}')
+    for name, x in (('D', D), (bias_name, dt_bias)):
+        if x is not None and x.shape != (*lead, dim):
+            fail(name, f'has shape {shape_of(x)}, must be {(*lead, dim)} for u of shape {shape_of(u)}')
+    groups = {}
+    for name, x in (('B', B), ('C', C)):
+        if channels_first:
+            legal = f'({dim}, {n}), ({batch}, {n}, {length}) or ({batch}, G, {n}, {length})'
+        else:
+            tail = f'{K}{batch}, {length}'
+            legal = f'({K}{dim}, {n}), ({tail}, {n}) or ({tail}, G, {n})'
+        fits = {
+            2: (*lead, dim, n),
+            3: (*lead, batch, n, length) if channels_first else (*lead, batch, length, n),
+            4: (*lead, batch, -1, n, length) if channels_first else (*lead, batch, length, -1, n),
+        }.get(x.dim() - len(lead), ())
+        if len(fits) != x.dim() or any(want not in (-1, got) for want, got in zip(fits, x.shape, strict=True)):
+            fail(name, f'has shape {shape_of(x)}, must be {legal} for u of shape {shape_of(u)} and A of {shape_of(A)}')
+        if -1 in fits:
+            groups[name] = x.shape[fits.index(-1)]
+            if groups[name] < 1 or dim % groups[name]:
+                fail(name, f'has shape {shape_of(x)}: {groups[name]} groups must divide the {dim} channels of u')
+    if len(groups) == 2 and groups['B'] != groups['C'] and 1 not in groups.values():
+        fail('C', f'has {groups["C"]} groups, B has {groups["B"]}; they must be equal unless one of them is 1')
