@@ -1,1 +1,5 @@
 """Necks."""
+
+from mmvim.models.necks.simple_fpn import SimpleFPN
+
+__all__ = ['SimpleFPN']

@@ -1,0 +1,151 @@
+"""The token mixer of Vim: gated selective scans over the tokens in one or both directions."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from ssm_kernels import bidirectional_selective_scan, selective_scan
+from torch import Tensor, nn
+
+# B batch, L tokens, D width, E = expand * D inner width, N state size, R rank of delta
+
+DIRECTIONS = ('v2', 'v1', 'none')
+
+
+def causal_conv1d_silu(x: Tensor, conv: nn.Conv1d, reverse: bool) -> Tensor:
+    """Depthwise convolution of x (B, L, E) over the tokens before (reverse: after) each one, then SiLU."""
+    pad = conv.kernel_size[0] - 1
+    weight = conv.weight.flip(-1) if reverse else conv.weight
+    x = F.pad(x.transpose(1, 2), (0, pad) if reverse else (pad, 0))
+    return F.silu(F.conv1d(x, weight, conv.bias, groups=conv.groups)).transpose(1, 2)
+
+
+class VimMixer(nn.Module):
+    """Bidirectional Mamba mixer of Vim (arXiv 2401.09417, alg. 1), with the parameter names of its checkpoints.
+
+    Args:
+        embed_dims: width D.
+        d_state: state size N.
+        d_conv: width of the depthwise convolution.
+        expand: E / D.
+        dt_rank: rank R of delta; ceil(D / 16) if None.
+        directions: 'v2', both directions with parameters of their own; 'v1', both directions, only A separate;
+            'none', one direction.
+        divide_output: halve the sum of the two directions; 'v2' only.
+        layer_scale_init: start value of a scale per channel on the result; no such scale if None.
+        dt_min: smallest initial delta.
+        dt_max: largest initial delta.
+        dt_init_floor: lower clamp of the initial delta.
+        scan_backend: backend of ssm_kernels; the fastest that can run if None.
+    """
+
+    def __init__(
+        self,
+        embed_dims: int,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: int = 2,
+        dt_rank: int | None = None,
+        directions: str = 'v2',
+        divide_output: bool = True,
+        layer_scale_init: float | None = None,
+        dt_min: float = 1e-3,
+        dt_max: float = 1e-1,
+        dt_init_floor: float = 1e-4,
+        scan_backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        if directions not in DIRECTIONS:
+            raise ValueError(f'directions must be one of {DIRECTIONS}, got {directions!r}')
+        self.directions = directions
+        self.scan_backend = scan_backend
+        self.d_state = d_state
+        self.dt_rank = dt_rank or math.ceil(embed_dims / 16)
+        self.scale = 0.5 if divide_output and directions == 'v2' else 1.0
+        self.dt_range = (dt_min, dt_max, dt_init_floor)
+        inner = expand * embed_dims
+
+        self.in_proj = nn.Linear(embed_dims, 2 * inner, bias=False)
+        for suffix in ('', '_b') if directions == 'v2' else ('',):
+            self.add_module(f'conv1d{suffix}', nn.Conv1d(inner, inner, d_conv, groups=inner))
+            self.add_module(f'x_proj{suffix}', nn.Linear(inner, self.dt_rank + 2 * d_state, bias=False))
+            self.add_module(f'dt_proj{suffix}', nn.Linear(self.dt_rank, inner))
+            self.register_parameter(f'D{suffix}', nn.Parameter(torch.empty(inner)))
+        self.A_log = nn.Parameter(torch.empty(inner, d_state))
+        if directions != 'none':
+            self.A_b_log = nn.Parameter(torch.empty(inner, d_state))
+        self.out_proj = nn.Linear(inner, embed_dims, bias=False)
+        self.layer_scale_init = layer_scale_init
+        if layer_scale_init is not None:
+            self.gamma = nn.Parameter(torch.empty(embed_dims))
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self, depth: int = 1) -> None:
+        """Initialise as the Vim authors do; in a network of ``depth`` blocks out_proj is divided by sqrt(depth)."""
+        dt_min, dt_max, floor = self.dt_range
+        for name, module in self.named_children():
+            module.reset_parameters()
+            if name.startswith('dt_proj'):
+                nn.init.uniform_(module.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
+                dt = torch.empty_like(module.bias).uniform_(math.log(dt_min), math.log(dt_max)).exp_().clamp_(min=floor)
+                # The inverse of softplus, so that softplus(bias) is dt.
+                module.bias.copy_(dt + torch.log(-torch.expm1(-dt)))
+        self.out_proj.weight.div_(math.sqrt(depth))
+        for name, parameter in self.named_parameters(recurse=False):
+            if name.endswith('_log'):
+                parameter.copy_(torch.arange(1, self.d_state + 1).log().expand_as(parameter))
+            else:
+                parameter.fill_(self.layer_scale_init if name == 'gamma' else 1.0)
+
+    def forward(self, x: Tensor, reverse: bool = False) -> Tensor:
+        """Mix tokens.
+
+        Args:
+            x: tokens (B, L, D).
+            reverse: scan from the last token to the first; for directions='none' only.
+
+        Returns:
+            Tokens (B, L, D).
+        """
+        x, z = self.in_proj(x).chunk(2, dim=-1)
+        if self.directions == 'v2':
+            y = self._scan_both(x, z)
+        else:
+            y = self._scan_shared(x, z, reverse)
+        y = self.out_proj(y)
+        return y if self.layer_scale_init is None else y * self.gamma
+
+    def _scan_both(self, x: Tensor, z: Tensor) -> Tensor:
+        u = torch.stack((causal_conv1d_silu(x, self.conv1d, False), causal_conv1d_silu(x, self.conv1d_b, True)))
+        x_proj = torch.stack((self.x_proj.weight, self.x_proj_b.weight))
+        dt_proj = torch.stack((self.dt_proj.weight, self.dt_proj_b.weight))
+        shape = u.shape[:-1]
+        x_dbl = u.flatten(1, 2) @ x_proj.transpose(1, 2)
+        dt, B, C = x_dbl.split((self.dt_rank, self.d_state, self.d_state), dim=-1)
+        dt = dt @ dt_proj.transpose(1, 2)
+        return bidirectional_selective_scan(
+            u,
+            dt.unflatten(1, shape[1:]),
+            -torch.stack((self.A_log, self.A_b_log)).float().exp(),
+            B.unflatten(1, shape[1:]),
+            C.unflatten(1, shape[1:]),
+            torch.stack((self.D, self.D_b)).float(),
+            z,
+            torch.stack((self.dt_proj.bias, self.dt_proj_b.bias)).float(),
+            dt_softplus=True,
+            scale=self.scale,
+            backend=self.scan_backend,
+        )
+
+    def _scan_shared(self, x: Tensor, z: Tensor, reverse: bool) -> Tensor:
+        u = causal_conv1d_silu(x, self.conv1d, reverse)
+        dt, B, C = self.x_proj(u).split((self.dt_rank, self.d_state, self.d_state), dim=-1)
+        dt = F.linear(dt, self.dt_proj.weight)
+        A, D, bias = -self.A_log.float().exp(), self.D.float(), self.dt_proj.bias.float()
+        options = dict(dt_softplus=True, backend=self.scan_backend)
+        if self.directions == 'none':
+            return selective_scan(u, dt, A, B, C, D, z, bias, reverse=reverse, **options)
+        u, dt, B, C, D, bias = (t.expand(2, *t.shape) for t in (u, dt, B, C, D, bias))
+        A = torch.stack((A, -self.A_b_log.float().exp()))
+        return bidirectional_selective_scan(u, dt, A, B, C, D, z, bias, **options)
