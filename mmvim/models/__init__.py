@@ -1,5 +1,7 @@
 """Backbones, necks and layers; needs torch, mmengine and mmcv, but no host library."""
 
-from mmvim.models import backbones, layers, necks
+from mmvim.models.backbones import VisionMamba
+from mmvim.models.layers import LayerNorm2d
+from mmvim.models.necks import SimpleFPN
 
-__all__ = ['backbones', 'layers', 'necks']
+__all__ = ['LayerNorm2d', 'SimpleFPN', 'VisionMamba']

@@ -36,7 +36,7 @@ class SimpleFPN(BaseModule):
         in_channels: width D of the map, or of each of the maps (the last one is used).
         out_channels: channels C of every level; None leaves the widths of resampling and adds no convolution,
             D/4, D/2, D, D for the default scales.
-        scales: resolution of each level relative to the map, powers of two from 4 down to 1/2 and below.
+        scales: resolution of each level relative to the map, powers of two from 4 down.
         num_outs: levels returned; at least len(scales).
         in_stride: stride of the map, pixels, a power of two; for names only.
         norm_cfg: norm of all layers.
@@ -78,8 +78,8 @@ class SimpleFPN(BaseModule):
 
     @staticmethod
     def _resample(width: int, scale: float, norm_cfg: dict) -> tuple[list[nn.Module], int]:
-        exponent = math.log2(scale) if scale > 0 else math.inf
-        if exponent != int(exponent) or exponent > 2:
+        exponent = math.log2(scale) if scale > 0 else math.nan
+        if exponent not in range(-10, 3):
             raise ValueError(f'each of scales must be a power of two up to 4, got {scale}')
         if exponent == 2:
             half, quarter = width // 2, width // 4
