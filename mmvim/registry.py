@@ -4,6 +4,8 @@ Every registry is a child of mmengine's root with scope `mmvim`, so `type='mmvim
 MMDetection, MMSegmentation or MMPretrain config with no import line: mmengine imports the locations below on first use.
 """
 
+from importlib import import_module
+
 from mmengine.registry import DATA_SAMPLERS as ROOT_DATA_SAMPLERS
 from mmengine.registry import DATASETS as ROOT_DATASETS
 from mmengine.registry import EVALUATOR as ROOT_EVALUATOR
@@ -27,9 +29,28 @@ from mmengine.registry import Registry
 
 SCOPE = 'mmvim'
 
+# Parts derived from MMDetection's classes. Their modules are imported when one is asked for by name, not with the
+# locations below: a segmentation or classification config then never loads MMDetection.
+DETECTION_PARTS = {
+    'CascadeRoIHead': 'mmvim.models.roi_heads',
+    'InstanceTTAModel': 'mmvim.models.test_time_augs',
+    'CocoFolderDataset': 'mmvim.datasets.coco',
+    'ShapesDataset': 'mmvim.datasets.coco',
+    'Resize': 'mmvim.datasets.detection_transforms',
+    'CocoFolderMetric': 'mmvim.evaluation.coco_metric',
+}
+
+
+class _ChildRegistry(Registry):
+    def get(self, key: str) -> type | None:
+        part = key.removeprefix(f'{SCOPE}.')
+        if part in DETECTION_PARTS and part not in self._module_dict:
+            import_module(DETECTION_PARTS[part])
+        return super().get(key)
+
 
 def _child(name: str, parent: Registry, location: str) -> Registry:
-    return Registry(name, parent=parent, scope=SCOPE, locations=[location])
+    return _ChildRegistry(name, parent=parent, scope=SCOPE, locations=[location])
 
 
 MODELS = _child('model', ROOT_MODELS, 'mmvim.models')
