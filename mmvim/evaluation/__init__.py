@@ -1,1 +1,1 @@
-"""Metrics."""
+"""Metrics. Those derived from MMDetection's are in modules that the registry imports by name."""
