@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 HOW_TO_COMPILE = (
-    'compile the ops of mmcv, which needs a C++ compiler and, for GPUs, the CUDA toolkit that your torch was built with: '
-    'FORCE_CUDA=1 python -m pip install --no-build-isolation --no-deps --no-cache-dir --force-reinstall onedl-mmcv'
+    'compile the ops of mmcv, which needs a C++ compiler and, for GPUs, the CUDA toolkit of your torch: FORCE_CUDA=1 '
+    'python -m pip install --no-build-isolation --no-deps --no-cache-dir --force-reinstall onedl-mmcv'
 )
 
 
@@ -92,6 +92,7 @@ def softnms(
         method: 0 drops overlapping boxes, 1 lowers their scores linearly, 2 with a Gaussian of width `sigma`.
     """
     boxes, scores = in_working_precision(boxes, scores)
+    scores = scores.clone()
     left = torch.arange(len(boxes), device=boxes.device)
     kept = []
     while len(left):

@@ -20,4 +20,6 @@ def require(*modules: str) -> None:
         if digit_version(version) < digit_version(TESTED_FROM[name]):
             problems.append(f'{name} is {version} where mmvim needs {TESTED_FROM[name]} or newer')
     if problems:
-        raise ImportError('; '.join(problems) + '. Install the versions it works with: pip install --upgrade "mmvim[all]"')
+        raise ImportError(
+            f'{"; ".join(problems)}. Install the versions it works with: pip install --upgrade "mmvim[all]"'
+        )
