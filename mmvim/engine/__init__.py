@@ -1,5 +1,8 @@
-"""Optimiser constructors and hooks."""
+"""Optimiser wrappers and constructors, the runner and its checks."""
 
+from mmvim.engine.amp import AmpOptimWrapper
+from mmvim.engine.hooks import CheckpointFitHook, ClassCountHook
 from mmvim.engine.layer_decay import LayerDecayOptimWrapperConstructor
+from mmvim.engine.runner import Runner
 
-__all__ = ['LayerDecayOptimWrapperConstructor']
+__all__ = ['AmpOptimWrapper', 'CheckpointFitHook', 'ClassCountHook', 'LayerDecayOptimWrapperConstructor', 'Runner']

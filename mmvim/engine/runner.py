@@ -1,0 +1,91 @@
+"""mmengine's Runner with checked input, for all three hosts and for machines without a GPU."""
+
+import copy
+import os
+import pickle
+
+import torch
+from mmengine.device import get_device
+from mmengine.dist import is_distributed
+from mmengine.hooks import LoggerHook
+from mmengine.model import MMDistributedDataParallel, revert_sync_batchnorm
+from mmengine.runner import Runner as _Runner
+from torch import nn
+
+from mmvim.engine.complete import complete_config
+from mmvim.errors import CheckpointError, ConfigError
+from mmvim.registry import RUNNERS
+
+CHECKS = ('ClassCountHook', 'CheckpointFitHook')
+
+
+@RUNNERS.register_module()
+class Runner(_Runner):
+    """mmengine's Runner, which
+
+    - fills in what follows from the data (:func:`mmvim.engine.complete.complete_config`),
+    - refuses heads that do not fit the classes, and checkpoints that do not fit the model,
+    - trains in one or several processes on a CPU, with SyncBN turned into BatchNorm there,
+    - logs the progress of a test at least ten times.
+
+    A config asks for it by ``runner_type='mmvim.Runner'``, which the train and test tools of every host obey.
+    """
+
+    testing = False
+
+    @classmethod
+    def from_cfg(cls, cfg) -> 'Runner':
+        """Build a runner from a config."""
+        return super().from_cfg(complete_config(copy.deepcopy(cfg)))
+
+    def setup_env(self, env_cfg: dict) -> None:
+        """Set up processes; on a CPU they talk by gloo."""
+        if self.distributed and not is_distributed() and get_device() == 'cpu':
+            if self.launcher != 'pytorch':
+                raise ConfigError(f"launcher '{self.launcher}' needs GPUs: on a CPU use --launcher pytorch (torchrun)")
+            torch.distributed.init_process_group('gloo')
+        super().setup_env(env_cfg)
+
+    def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
+        """Wrap the model for distributed training."""
+        if not self.distributed or get_device() != 'cpu':
+            return super().wrap_model(model_wrapper_cfg, model)
+        settings = dict(broadcast_buffers=False, find_unused_parameters=self.cfg.get('find_unused_parameters', False))
+        settings.update({k: v for k, v in (model_wrapper_cfg or {}).items() if k != 'type'})
+        return MMDistributedDataParallel(module=revert_sync_batchnorm(model), **settings)
+
+    def register_hooks(self, default_hooks: dict | None = None, custom_hooks: list | None = None) -> None:
+        """Register the config's hooks and the checks."""
+        super().register_hooks(default_hooks, custom_hooks)
+        for check in CHECKS:
+            self.register_hook(dict(type=f'mmvim.{check}'))
+
+    def load_checkpoint(self, filename: str, *args, **kwargs) -> dict:
+        """Load a checkpoint; see the base class.
+
+        Raises:
+            CheckpointError: if there is no such file, it is no checkpoint, or it does not fit.
+        """
+        if '://' not in str(filename) and not os.path.isfile(filename):
+            raise CheckpointError(f"checkpoint '{filename}' does not exist: give the path of a .pth file")
+        try:
+            return super().load_checkpoint(filename, *args, **kwargs)
+        except (pickle.UnpicklingError, EOFError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"'{filename}' is no checkpoint ({error})") from None
+        except RuntimeError as error:
+            if 'PytorchStreamReader' not in str(error):
+                raise
+            raise CheckpointError(f"checkpoint '{filename}' is damaged or incomplete ({error})") from None
+
+    def test(self) -> dict:
+        """Test; returns the metrics by name."""
+        self.testing = True
+        return super().test()
+
+    def build_test_loop(self, loop):
+        """Build the loop of a test."""
+        loop = super().build_test_loop(loop)
+        for hook in self.hooks:
+            if isinstance(hook, LoggerHook):
+                hook.interval = max(1, min(hook.interval, len(loop.dataloader) // 10))
+        return loop
