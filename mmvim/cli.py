@@ -15,11 +15,16 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 import mmvim
+from mmvim.engine.complete import complete_config
 from mmvim.errors import ConfigError, InputError
 
 RUNNER_KEYS = (set(inspect.signature(Runner.__init__).parameters) - {'self', 'cfg'}) | {
-    'activation_checkpointing', 'classes', 'compile', 'custom_imports', 'efficient_conv_bn_eval',
-    'find_unused_parameters', 'num_classes', 'runner_type', 'sync_bn', 'tta_model', 'tta_pipeline',
+    'activation_checkpointing', 'compile', 'custom_imports', 'efficient_conv_bn_eval', 'find_unused_parameters',
+    'runner_type', 'sync_bn', 'tta_model', 'tta_pipeline',
+}  # fmt: skip
+COMPLETED_KEYS = {
+    'data_root', 'train_ann', 'val_ann', 'test_ann', 'train_img', 'val_img', 'test_img', 'skip_bad_images', 'classes',
+    'num_classes', 'image_size', 'max_iters',
 }  # fmt: skip
 DEBUG = 'MMVIM_TRACEBACK'
 
@@ -108,14 +113,16 @@ def load_config(args: argparse.Namespace) -> Config:
         cfg = Config.fromfile(path)
     except SyntaxError as error:
         raise ConfigError(f"config '{error.filename or path}', line {error.lineno}: {error.msg}") from None
-    except (KeyError, NameError) as error:
+    except (KeyError, NameError, TypeError, AttributeError, ImportError) as error:
         raise ConfigError(f"config '{path}' cannot be read: {error}") from None
     _check_names(cfg, path)
     check_options(cfg, args.cfg_options)
+    before = dict(cfg)
     try:
         cfg.merge_from_dict(args.cfg_options)
     except (TypeError, KeyError, IndexError) as error:
         raise ConfigError(f'--cfg-options {" ".join(args.cfg_options)} does not fit the config: {error}') from None
+    _check_use(cfg, before, args.cfg_options)
     cfg.launcher = args.launcher
     cfg.setdefault('runner_type', 'mmvim.Runner')
     if args.work_dir or not cfg.get('work_dir'):
@@ -129,7 +136,7 @@ def load_config(args: argparse.Namespace) -> Config:
 
 def _check_names(cfg: Config, path: str) -> None:
     for name in cfg:
-        close = difflib.get_close_matches(name, RUNNER_KEYS, n=1, cutoff=0.88)
+        close = difflib.get_close_matches(name, RUNNER_KEYS - {'tta_pipeline'}, n=1, cutoff=0.88)
         if name not in RUNNER_KEYS and close and len(name) > 4:
             raise ConfigError(f"config '{path}': nothing reads the key '{name}'; did you mean '{close[0]}'?")
 
@@ -168,12 +175,33 @@ def _refuse_unknown(option: str, part: str, seen: list[str], node: dict) -> None
         if 'type' in node or not close:
             return
         hint = f"did you mean '{'.'.join([*seen, close[0]])}'?"
-    elif part in RUNNER_KEYS:
+    elif part in RUNNER_KEYS | COMPLETED_KEYS:
         return
     else:
-        close = difflib.get_close_matches(part, {*RUNNER_KEYS, *node}, n=1)
+        close = difflib.get_close_matches(part, {*RUNNER_KEYS, *COMPLETED_KEYS, *node}, n=1)
         hint = f"did you mean '{close[0]}'?" if close else f'the config has {sorted(node)}'
     raise ConfigError(f"--cfg-options {option}: the config has no key '{'.'.join([*seen, part])}'; {hint}")
+
+
+def _check_use(cfg: Config, before: dict, options: dict) -> None:
+    """Refuse to set a variable of a config file: what the file made of it is fixed by now."""
+    variables = [option for option in options if '.' not in option and option not in RUNNER_KEYS]
+    if not variables:
+        return
+    used = complete_config(deepcopy(cfg))
+    for name in variables:
+        if name not in used:
+            places = _places(before, before[name]) if name in before else []
+            hint = f'set {" and ".join(places[:4])} instead' if places else 'name the key that should change'
+            raise ConfigError(f'--cfg-options {name}: nothing in this config takes its value from there; {hint}')
+
+
+def _places(node: object, value: object, path: str = '') -> list[str]:
+    """Dotted keys below the top level that hold a value, or a string that starts with it."""
+    if path.count('.') and (node == value or (isinstance(value, str) and value and str(node).startswith(value))):
+        return [path]
+    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list | tuple) else ()
+    return [place for key, child in items for place in _places(child, value, f'{path}.{key}'.lstrip('.'))]
 
 
 # ---- tools

@@ -8,41 +8,44 @@ from mmvim.datasets.annotations import read_class_names
 from mmvim.errors import ConfigError
 
 LOADERS = dict(train_dataloader='train', val_dataloader='val', test_dataloader='test')
+LONGEST = (1333, 800)  # longest and shortest side of MMDetection's usual frame
 
 
-def complete_config(cfg: ConfigDict) -> ConfigDict:
-    """Fill in what a config with :class:`mmvim.CocoFolderDataset` leaves out; other configs stay as they are.
+def complete_config(cfg: ConfigDict) -> set[str]:
+    """Fill in what a config leaves open from its top-level keys, so that each is stated in one place.
 
-    The top-level keys ``data_root``, ``train_ann``, ``val_ann``, ``test_ann``, ``train_img``, ``val_img``,
-    ``test_img``, ``skip_bad_images`` go to the data sets that do not set them themselves; the test split is the
-    validation split unless it is named. The class names come from ``classes`` or the training annotations, and their
-    number goes to ``num_classes`` of every head.
+    - ``data_root`` goes to the data sets, and to :class:`mmvim.CocoFolderDataset` also ``train_ann``, ``val_ann``,
+      ``test_ann``, ``train_img``, ``val_img``, ``test_img`` and ``skip_bad_images``; the test split is the validation
+      split unless it is named;
+    - ``classes``, or the names in the training annotations of a COCO folder, go to its data sets, and their number to
+      ``num_classes`` of every head;
+    - ``image_size`` goes to the transforms that resize and crop, and to the backbone's positions;
+    - ``max_iters`` goes to the training loop, and is the end of the learning rate's schedule.
+
+    What is set where it is used stays as it is.
 
     Args:
         cfg: the config, changed in place.
+
+    Returns:
+        The top-level keys that were used.
 
     Raises:
         ConfigError: if ``num_classes`` is given and is not the number of classes.
         DataError: if the annotation file cannot be read.
     """
-    folders = [(key, dataset_of(cfg.get(key))) for key in LOADERS]
-    folders = [(key, dataset) for key, dataset in folders if str(dataset.get('type')).endswith('CocoFolderDataset')]
-    if not folders:
-        return cfg
-    for key, dataset in folders:
-        _fill_paths(cfg, LOADERS[key], dataset)
-    classes = cfg.get('classes') or _classes_of([dataset for _, dataset in folders])
-    given = cfg.get('num_classes')
-    if given is not None and given != len(classes):
-        raise ConfigError(
-            f'num_classes={given}, but the annotation file has {len(classes)} classes ({", ".join(classes)}): leave '
-            'num_classes out, or use other annotations'
-        )
-    for _, dataset in folders:
-        metainfo = dataset.setdefault('metainfo', ConfigDict())
-        metainfo.setdefault('classes', tuple(classes))
-    set_num_classes(cfg['model'], len(classes))
-    return cfg
+    used: set[str] = set()
+    datasets = [(LOADERS[key], dataset_of(cfg.get(key))) for key in LOADERS if cfg.get(key)]
+    folders = [(split, dataset) for split, dataset in datasets if _kind(dataset) == 'CocoFolderDataset']
+    for _, dataset in datasets:
+        _fill(cfg, 'data_root', dataset, 'data_root', used)
+    for split, dataset in folders:
+        _fill_paths(cfg, split, dataset, used)
+    if folders:
+        _fill_classes(cfg, [dataset for _, dataset in folders], used)
+    _fill_image_size(cfg, [dataset for _, dataset in datasets], used)
+    _fill_max_iters(cfg, used)
+    return used
 
 
 def dataset_of(loader: dict | None) -> dict:
@@ -53,18 +56,39 @@ def dataset_of(loader: dict | None) -> dict:
     return dataset
 
 
-def _fill_paths(cfg: ConfigDict, split: str, dataset: dict) -> None:
-    def value(name: str):
-        return cfg.get(f'{split}_{name}') or (cfg.get(f'val_{name}') if split == 'test' else None)
+def _kind(cfg: dict) -> str:
+    return str(cfg.get('type')).split('.')[-1]
 
-    if cfg.get('data_root'):
-        dataset.setdefault('data_root', cfg['data_root'])
-    if value('ann'):
-        dataset.setdefault('ann_file', value('ann'))
-    if value('img') is not None:
-        dataset.setdefault('data_prefix', dict(img=value('img')))
-    if cfg.get('skip_bad_images') is not None:
-        dataset.setdefault('skip_bad_images', cfg['skip_bad_images'])
+
+def _fill(cfg: ConfigDict, name: str, target: dict, key: str, used: set[str], value: object = None) -> None:
+    """Set target[key] to a top-level value, or to what was made of it, where it is open."""
+    if cfg.get(name) is not None and target.get(key) is None:
+        target[key] = cfg[name] if value is None else value
+        used.add(name)
+
+
+def _fill_paths(cfg: ConfigDict, split: str, dataset: dict, used: set[str]) -> None:
+    for suffix, key in (('ann', 'ann_file'), ('img', 'data_prefix')):
+        name = f'{split}_{suffix}'
+        if split == 'test' and cfg.get(name) is None:
+            name = f'val_{suffix}'
+        _fill(cfg, name, dataset, key, used, dict(img=cfg.get(name)) if suffix == 'img' else None)
+    _fill(cfg, 'skip_bad_images', dataset, 'skip_bad_images', used)
+
+
+def _fill_classes(cfg: ConfigDict, datasets: list[dict], used: set[str]) -> None:
+    classes = tuple(cfg.get('classes') or _classes_of(datasets))
+    given = cfg.get('num_classes')
+    if given is not None and given != len(classes):
+        raise ConfigError(
+            f'num_classes={given}, but the annotation file has {len(classes)} classes ({", ".join(classes)}): leave '
+            'num_classes out, or use other annotations'
+        )
+    used.update(('classes', 'num_classes'))
+    for dataset in datasets:
+        if dataset.get('metainfo') is None:
+            dataset['metainfo'] = ConfigDict(classes=classes)
+    set_num_classes(cfg['model'], len(classes))
 
 
 def _classes_of(datasets: list[dict]) -> tuple[str, ...]:
@@ -81,5 +105,32 @@ def set_num_classes(model: dict | list, count: int) -> None:
             model['num_classes'] = count
         model = [value for key, value in model.items() if key not in ('backbone', 'rpn_head')]
     for value in model:
-        if isinstance(value, (dict, list)):
+        if isinstance(value, dict | list):
             set_num_classes(value, count)
+
+
+def _fill_image_size(cfg: ConfigDict, datasets: list[dict], used: set[str]) -> None:
+    if not cfg.get('image_size') or not isinstance(cfg['image_size'], int):
+        return
+    size = cfg['image_size']
+    frame = (size * LONGEST[0] // LONGEST[1], size)
+    places = [
+        (step, dict(RandomResize='scale', Resize='scale', RandomCrop='crop_size').get(_kind(step)))
+        for dataset in datasets
+        for step in dataset.get('pipeline') or []
+        if step.get('scale_factor') is None
+    ]
+    for step, key in places:
+        if key:
+            _fill(cfg, 'image_size', step, key, used, frame if key == 'scale' else (frame[0], frame[0]))
+    backbone = cfg['model'].get('backbone') or {}
+    if 'img_size' in backbone:
+        _fill(cfg, 'image_size', backbone, 'img_size', used, (size, size))
+
+
+def _fill_max_iters(cfg: ConfigDict, used: set[str]) -> None:
+    if _kind(cfg.get('train_cfg') or {}) == 'IterBasedTrainLoop':
+        _fill(cfg, 'max_iters', cfg['train_cfg'], 'max_iters', used)
+    schedules = cfg.get('param_scheduler')
+    if isinstance(schedules, list) and schedules and not {'milestones', 'T_max'} & set(schedules[-1]):
+        _fill(cfg, 'max_iters', schedules[-1], 'end', used)

@@ -36,7 +36,9 @@ class Runner(_Runner):
     @classmethod
     def from_cfg(cls, cfg) -> 'Runner':
         """Build a runner from a config."""
-        return super().from_cfg(complete_config(copy.deepcopy(cfg)))
+        cfg = copy.deepcopy(cfg)
+        complete_config(cfg)
+        return super().from_cfg(cfg)
 
     def setup_env(self, env_cfg: dict) -> None:
         """Set up processes; on a CPU they talk by gloo."""
