@@ -1,1 +1,18 @@
-"""Reading published checkpoints and fitting them to the models here."""
+"""Reading published checkpoints safely and fitting them to the models here."""
+
+from mmvim.checkpoints.fitting import Conversion, LoadReport, compare, convert_on_load
+from mmvim.checkpoints.reading import find_state_dict, read_checkpoint, read_state_dict
+from mmvim.checkpoints.vim import load_published_vim, to_classifier, vim_state_dict
+
+__all__ = [
+    'Conversion',
+    'LoadReport',
+    'compare',
+    'convert_on_load',
+    'find_state_dict',
+    'load_published_vim',
+    'read_checkpoint',
+    'read_state_dict',
+    'to_classifier',
+    'vim_state_dict',
+]

@@ -1,0 +1,211 @@
+"""Read checkpoint files without running code from them, and find the weights inside.
+
+Importing this module makes mmengine read local files and URLs through `read_checkpoint` too, so that `init_cfg`,
+`load_from`, `resume` and the test tools have the same safety and the same messages.
+"""
+
+import argparse
+import os
+import pickle
+import re
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import numpy as np
+import torch
+from mmengine.dist import barrier, get_dist_info
+from mmengine.logging import HistoryBuffer
+from mmengine.runner.checkpoint import CheckpointLoader
+from torch import Tensor
+
+from mmvim.errors import CheckpointError
+
+# where checkpoints keep their weights, outermost first; weights may be nested
+WEIGHT_KEYS = ('state_dict', 'model', 'model_ema', 'state_dict_ema', 'module')
+# prefixes that wrappers put before every name
+WRAPPER_PREFIXES = ('module.', '_orig_mod.')
+
+# entry of a module's metadata in a state dict that names the file it came from, for messages
+SOURCE = 'source'
+
+MapLocation = str | torch.device | Callable | Mapping | None
+
+
+def _statistic(owner: Any, name: str) -> Any:
+    """What a pickled `getattr` means here: the history buffers of mmengine's logs name their own methods by it."""
+    if owner is HistoryBuffer and not name.startswith('_'):
+        return getattr(owner, name)
+    raise pickle.UnpicklingError(f'getattr of {owner!r}')
+
+
+def _allowed() -> list:
+    """Classes that checkpoints of Vim, timm and mmengine hold beside tensors, and that run no code when unpickled."""
+    multiarray = (np._core if hasattr(np, '_core') else np.core).multiarray
+    numpy_helpers = [
+        (getattr(multiarray, name), f'numpy.{core}.multiarray.{name}')
+        for name in ('_reconstruct', 'scalar')
+        for core in ('core', '_core')  # as NumPy 1 and NumPy 2 write it
+    ]
+    dtypes = {type(np.dtype(code)) for code in '?bBhHiIlLqQefdFDSU'}
+    return [
+        argparse.Namespace,
+        HistoryBuffer,
+        (_statistic, 'builtins.getattr'),
+        slice,
+        np.ndarray,
+        np.dtype,
+        *numpy_helpers,
+        *dtypes,
+    ]
+
+
+def read_checkpoint(path: str | os.PathLike, map_location: MapLocation = 'cpu') -> Any:
+    """Read a .pth, .pt, .tar or .safetensors file; no code from the file is run.
+
+    Args:
+        path: the file.
+        map_location: as in torch.load.
+
+    Returns:
+        What was saved; for a safetensors file, a dict of tensors.
+
+    Raises:
+        CheckpointError: if the file is missing, truncated, no checkpoint, or holds pickled objects of a class that is
+            not known to be harmless. Such a file is never loaded with `weights_only=False`.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        what = 'is a folder' if path.is_dir() else 'does not exist'
+        raise CheckpointError(f"checkpoint '{path}' {what}: give the path of a .pth, .pt, .tar or .safetensors file")
+    try:
+        with path.open('rb') as file:
+            head = file.read(64)
+    except OSError as error:
+        raise CheckpointError(f"checkpoint '{path}' cannot be read ({error.strerror}): check its permissions") from None
+    if not head:
+        raise CheckpointError(f"checkpoint '{path}' is empty: download or copy it again")
+    if head.lstrip()[:1] == b'<':
+        raise CheckpointError(f"'{path}' is a web page, not a checkpoint: download the file itself")
+    if head.startswith(b'version ') and b'git-lfs' in head:
+        raise CheckpointError(f"'{path}' is a Git LFS pointer, not the checkpoint: fetch it with git lfs pull")
+    if path.suffix == '.safetensors' or head[8:10] == b'{"':
+        return _read_safetensors(path, map_location)
+    return _read_pickle(path, map_location)
+
+
+def _read_safetensors(path: Path, map_location: MapLocation) -> dict[str, Tensor]:
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ImportError:
+        raise CheckpointError(f"'{path}' needs the package safetensors: pip install safetensors") from None
+    device = str(map_location) if isinstance(map_location, str | torch.device) else 'cpu'
+    try:
+        return load_file(path, device=device)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise _damaged(path, error) from None
+
+
+def _read_pickle(path: Path, map_location: MapLocation) -> Any:
+    try:
+        with torch.serialization.safe_globals(_allowed()):
+            return torch.load(path, map_location=map_location, weights_only=True)
+    except pickle.UnpicklingError as error:
+        classes = set(re.findall(r'GLOBAL ([\w.]+)', str(error))) | set(re.findall(r'(getattr of .*)', str(error)))
+        if not classes:
+            raise _damaged(path, error) from None
+        raise CheckpointError(
+            f"checkpoint '{path}' holds pickled objects ({', '.join(sorted(classes))}) beside its weights; loading "
+            'them could run code, so it is refused. If you trust where it comes from, save the weights alone: '
+            'torch.save(torch.load(old, weights_only=False)["model"], new), with the key that holds them'
+        ) from None
+    except RuntimeError as error:
+        if 'deserialize' in str(error):  # a device that this machine lacks; torch names the remedy
+            raise
+        raise _damaged(path, error) from None
+    except (EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError, AssertionError, OSError) as error:
+        raise _damaged(path, error) from None
+
+
+def _damaged(path: Path, error: Exception) -> CheckpointError:
+    reason = str(error).strip().splitlines()[0].partition('. ')[0] if str(error).strip() else type(error).__name__
+    return CheckpointError(f"'{path}' is no checkpoint, or a damaged or incomplete one ({reason}): download it again")
+
+
+def find_state_dict(checkpoint: Any, source: str | os.PathLike = 'the checkpoint') -> OrderedDict[str, Tensor]:
+    """The weights of a checkpoint, by name, without the prefixes of wrappers such as `module.`.
+
+    Args:
+        checkpoint: what was read: weights by name, or a dict that holds them under one of `WEIGHT_KEYS`.
+        source: the file, for messages.
+
+    Raises:
+        CheckpointError: if there are none.
+    """
+    found = checkpoint
+    while isinstance(found, Mapping):
+        inner = next((found[key] for key in WEIGHT_KEYS if isinstance(found.get(key), Mapping)), None)
+        if inner is None:
+            break
+        found = inner
+    weights = {}
+    if isinstance(found, Mapping):
+        weights = {name: value for name, value in found.items() if isinstance(value, Tensor)}
+    if not weights:
+        holds = f'the entries {list(map(str, found))[:8]}' if isinstance(found, Mapping) else type(found).__name__
+        raise CheckpointError(
+            f"'{source}' holds no weights: found {holds}, expected weights by name or one of {WEIGHT_KEYS}. "
+            'Give a checkpoint of a model'
+        )
+    while prefix := next((p for p in WRAPPER_PREFIXES if all(name.startswith(p) for name in weights)), None):
+        weights = {name.removeprefix(prefix): value for name, value in weights.items()}
+    state_dict = OrderedDict(weights)
+    if hasattr(found, '_metadata'):
+        state_dict._metadata = found._metadata
+    return state_dict
+
+
+def read_state_dict(path: str | os.PathLike, map_location: MapLocation = 'cpu') -> OrderedDict[str, Tensor]:
+    """The weights in a file by name; see `read_checkpoint` and `find_state_dict`."""
+    return find_state_dict(read_checkpoint(path, map_location), path)
+
+
+def load_from_local(filename: str, map_location: MapLocation = None) -> dict:
+    """Loader of local files for mmengine: as `read_checkpoint`, with the weights under `state_dict` in any case."""
+    checkpoint = read_checkpoint(filename, map_location)
+    rest = {}
+    if isinstance(checkpoint, Mapping):
+        rest = {name: value for name, value in checkpoint.items() if not isinstance(value, Tensor)}
+    state_dict = checkpoint.get('state_dict') if isinstance(checkpoint, Mapping) else None
+    if not isinstance(state_dict, OrderedDict):
+        state_dict = find_state_dict(checkpoint, filename)
+    metadata = getattr(state_dict, '_metadata', OrderedDict())
+    for module in {'', 'backbone', *metadata}:
+        metadata[module] = {**metadata.get(module, {}), SOURCE: str(filename)}
+    state_dict._metadata = metadata
+    return {**rest, 'state_dict': state_dict}
+
+
+def load_from_http(filename: str, map_location: MapLocation = None, model_dir: str | None = None) -> dict:
+    """Loader of URLs for mmengine: download to the cache of torch.hub, in one process, then as `load_from_local`."""
+    folder = Path(model_dir or os.path.join(torch.hub.get_dir(), 'checkpoints'))
+    target = folder / os.path.basename(urlparse(filename).path)
+    rank, _ = get_dist_info()
+    if rank == 0 and not target.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(filename, str(target), progress=os.isatty(0))
+        except OSError as error:
+            raise CheckpointError(
+                f"'{filename}' cannot be downloaded ({error}): check the address, or download it by other means and "
+                'give the path of the file'
+            ) from None
+    barrier()
+    return load_from_local(str(target), map_location)
+
+
+CheckpointLoader.register_scheme(prefixes='', loader=load_from_local, force=True)
+CheckpointLoader.register_scheme(prefixes=('http://', 'https://'), loader=load_from_http, force=True)
