@@ -105,9 +105,11 @@ class CocoFolderDataset(CocoDataset):
             ann_file=ann_file,
             data_root=data_root,
             data_prefix=data_prefix or dict(img=''),
-            metainfo={**(metainfo or {}), 'classes': classes, 'ann_file': path},
+            metainfo={**(metainfo or {}), 'classes': classes},
             **kwargs,
         )
+        # Not through the argument: mmengine replaces a path in it by the lines of the file.
+        self._metainfo['ann_file'] = path
 
     def COCOAPI(self, path: str) -> CheckedCOCO:  # noqa: N802
         """Hand over the index of the annotation file, where CocoDataset has its class: the file is read once."""
