@@ -123,8 +123,8 @@ def convert_on_load(
         may_miss: see `compare`.
 
     Raises (while loading):
-        CheckpointError: if the weights do not fit, with all that does not and the remedy. With `strict=False` of
-            `load_state_dict`, missing and unknown names are left to torch, as that asks for.
+        CheckpointError: if the weights do not fit, with all that does not and the remedy. In a plain `load_state_dict`
+            only shapes count; missing and unknown names are left to its `strict`.
     """
     hook = partial(_before_load, convert=convert, explain=explain, may_miss=tuple(may_miss))
     module._register_load_state_dict_pre_hook(hook, with_module=True)
@@ -157,9 +157,11 @@ def _before_load(
     conversion = convert(module, weights, local_metadata)
     conversion.dropped[:0] = dropped
     report = compare(conversion, module.state_dict(), may_miss)
-    if report.mismatched or (strict and (report.missing or report.unexpected)):
+    # torch says strict in any case; what comes from a file must fit, a plain `load_state_dict` does as it is told
+    from_file = SOURCE in local_metadata
+    if report.mismatched or (from_file and (report.missing or report.unexpected)):
         reasons = explain(module, weights) or ['use the settings of the model that the checkpoint was saved from']
-        source = f" '{local_metadata[SOURCE]}'" if SOURCE in local_metadata else ''
+        source = f" '{local_metadata[SOURCE]}'" if from_file else ''
         raise CheckpointError(
             f'checkpoint{source} does not fit {type(module).__name__}: {report}. Remedy: {"; ".join(reasons)}'
         )

@@ -1,0 +1,241 @@
+import argparse
+import http.server
+import io
+import os
+import threading
+import warnings
+from collections import OrderedDict
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.model import BaseModel
+from mmengine.runner import Runner
+from mmengine.runner.checkpoint import CheckpointLoader
+from safetensors.torch import save_file
+from torch import nn
+
+from mmvim.checkpoints import find_state_dict, read_checkpoint, read_state_dict
+from mmvim.errors import CheckpointError
+
+WEIGHTS = {'a.weight': torch.arange(6.0).reshape(2, 3), 'a.bias': torch.ones(2)}
+
+
+def same(found, expected=WEIGHTS):
+    return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize('suffix', ['.pth', '.pt', '.tar'])
+@pytest.mark.parametrize('zipped', [True, False], ids=['zip format', 'format before torch 1.6'])
+def test_published_files_with_a_namespace(tmp_path, suffix, zipped):
+    path = tmp_path / f'published{suffix}'
+    args = argparse.Namespace(model='vim_tiny', lr=5e-4)
+    saved = {
+        'model': WEIGHTS,
+        'model_ema': {'a.weight': torch.zeros(2, 3)},
+        'optimizer': {},
+        'epoch': 299,
+        'args': args,
+    }
+    torch.save(saved, path, _use_new_zipfile_serialization=zipped)
+    assert same(read_state_dict(path))
+    assert read_checkpoint(str(path))['args'] == args
+
+
+def test_safetensors(tmp_path):
+    save_file(WEIGHTS, tmp_path / 'w.safetensors')
+    assert same(read_state_dict(tmp_path / 'w.safetensors'))
+    os.rename(tmp_path / 'w.safetensors', tmp_path / 'renamed.bin')
+    assert same(read_state_dict(tmp_path / 'renamed.bin', map_location=torch.device('cpu')))
+
+
+def test_safetensors_without_the_package(tmp_path, monkeypatch):
+    save_file(WEIGHTS, tmp_path / 'w.safetensors')
+    monkeypatch.setitem(__import__('sys').modules, 'safetensors', None)
+    with pytest.raises(CheckpointError, match='pip install safetensors'):
+        read_state_dict(tmp_path / 'w.safetensors')
+
+
+@pytest.mark.parametrize(
+    'checkpoint',
+    [
+        WEIGHTS,
+        {'state_dict': WEIGHTS, 'optimizer': {'state': {}}},
+        {'model': {'state_dict': WEIGHTS}},
+        {'model_ema': WEIGHTS},
+        {'state_dict': {f'module.{name}': value for name, value in WEIGHTS.items()}},
+        {'model': {f'module._orig_mod.{name}': value for name, value in WEIGHTS.items()}},
+        {**WEIGHTS, 'epoch': 3},
+    ],
+)
+def test_weights_are_found(checkpoint):
+    assert same(find_state_dict(checkpoint))
+
+
+def test_a_prefix_that_not_all_names_have_belongs_to_the_names():
+    weights = {'module.a': torch.ones(1), 'head.b': torch.ones(1)}
+    assert same(find_state_dict(weights), weights)
+
+
+class Trap:
+    def __reduce__(self):
+        return os.system, ('touch trap-was-sprung',)
+
+
+class Harmless:
+    pass
+
+
+@pytest.mark.parametrize(
+    ('extra', 'named'),
+    [(Trap(), 'system'), (Harmless(), 'Harmless'), (getattr, 'getattr'), (partial(print), 'partial')],
+)
+@pytest.mark.parametrize('zipped', [True, False])
+def test_other_pickled_classes_are_refused_and_never_run(tmp_path, monkeypatch, extra, named, zipped):
+    monkeypatch.chdir(tmp_path)
+    torch.save({'model': WEIGHTS, 'extra': extra}, 'w.pth', _use_new_zipfile_serialization=zipped)
+    if extra is getattr:  # harmless in itself: only what is called with it counts
+        assert same(read_state_dict('w.pth'))
+        return
+    for read in (read_state_dict, CheckpointLoader.load_checkpoint):
+        with pytest.raises(CheckpointError, match=f"'w.pth' holds pickled objects .*{named}.*save the weights alone"):
+            read('w.pth')
+    assert not os.path.exists('trap-was-sprung')
+
+
+def test_getattr_reaches_nothing_but_the_statistics_of_history_buffers(tmp_path, monkeypatch):
+    class Reach:
+        def __reduce__(self):
+            return getattr, (np.ndarray, 'tofile')
+
+    torch.save({'model': WEIGHTS, 'extra': Reach()}, tmp_path / 'w.pth')
+    with pytest.raises(CheckpointError, match='getattr of .*ndarray'):
+        read_state_dict(tmp_path / 'w.pth')
+
+
+def saved_bytes(zipped):
+    buffer = io.BytesIO()
+    torch.save({'model': {'a': torch.randn(300, 30)}}, buffer, _use_new_zipfile_serialization=zipped)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize('zipped', [True, False])
+@pytest.mark.parametrize('part', [0.001, 0.01, 0.3, 0.9, 0.9999])
+def test_truncated_files(tmp_path, zipped, part):
+    content = saved_bytes(zipped)
+    (tmp_path / 'cut.pth').write_bytes(content[: max(int(len(content) * part), 1)])
+    with pytest.raises(
+        CheckpointError, match=r"cut\.pth' is no checkpoint, or a damaged or incomplete one \(.+\): download"
+    ):
+        read_state_dict(tmp_path / 'cut.pth')
+
+
+def test_truncated_safetensors(tmp_path):
+    save_file({'a': torch.randn(300, 30)}, tmp_path / 'w.safetensors')
+    content = (tmp_path / 'w.safetensors').read_bytes()
+    for length in (5, 60, 1000, len(content) - 1):
+        (tmp_path / 'w.safetensors').write_bytes(content[:length])
+        with pytest.raises(CheckpointError, match='damaged or incomplete'):
+            read_state_dict(tmp_path / 'w.safetensors')
+
+
+@pytest.mark.parametrize(
+    ('content', 'message'),
+    [
+        (b'', 'is empty: download'),
+        (b'\n<!DOCTYPE html><html>Not found</html>', 'is a web page, not a checkpoint'),
+        (b'version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n', 'is a Git LFS pointer.*git lfs pull'),
+        (b'{"images": []}', 'is no checkpoint, or a damaged'),
+        (b'hello\nworld\n', 'is no checkpoint, or a damaged'),
+        (bytes(range(256)) * 40, 'is no checkpoint, or a damaged'),
+        (b'\x89PNG\r\n\x1a\n' + bytes(500), 'is no checkpoint, or a damaged'),
+    ],
+)
+def test_files_that_are_no_checkpoints(tmp_path, content, message):
+    (tmp_path / 'x.pth').write_bytes(content)
+    with pytest.raises(CheckpointError, match=rf"x\.pth' {message}"):
+        read_state_dict(tmp_path / 'x.pth')
+
+
+def test_missing_file_and_folder(tmp_path):
+    with pytest.raises(CheckpointError, match=r"none\.pth' does not exist: give the path"):
+        read_state_dict(tmp_path / 'none.pth')
+    with pytest.raises(CheckpointError, match='is a folder: give the path'):
+        read_state_dict(tmp_path)
+
+
+@pytest.mark.parametrize('checkpoint', [{}, [1, 2], {'epoch': 3, 'args': 'x'}, {'model': {}}, 'text', torch.ones(3)])
+def test_checkpoints_without_weights(tmp_path, checkpoint):
+    torch.save(checkpoint, tmp_path / 'x.pth')
+    with pytest.raises(CheckpointError, match=r"x\.pth' holds no weights: found .*Give a checkpoint of a model"):
+        read_state_dict(tmp_path / 'x.pth')
+
+
+class Toy(BaseModel):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(2, 1)
+
+    def forward(self, inputs, mode='tensor'):
+        return {'loss': self.layer(torch.stack(inputs)).square().mean()}
+
+
+def toy_runner(work_dir, epochs, **settings):
+    config = Config(
+        dict(
+            work_dir=str(work_dir),
+            train_dataloader=dict(
+                dataset=[dict(inputs=torch.ones(2) * i) for i in range(4)],
+                sampler=dict(type='DefaultSampler', shuffle=False),
+                batch_size=2,
+                collate_fn=dict(type='pseudo_collate'),
+            ),
+            train_cfg=dict(by_epoch=True, max_epochs=epochs),
+            optim_wrapper=dict(optimizer=dict(type='AdamW', lr=0.1)),
+            param_scheduler=[
+                dict(type='LinearLR', begin=0, end=4, by_epoch=False),
+                dict(type='MultiStepLR', milestones=[2]),
+            ],
+            default_hooks=dict(logger=dict(type='LoggerHook', interval=1)),
+            custom_hooks=[dict(type='EMAHook')],
+            experiment_name=f'epochs{epochs}',
+        )
+    )
+    return Runner(model=Toy(), cfg=config, log_level='ERROR', **{**config, **settings})
+
+
+def test_checkpoints_of_a_run_load_safely_and_resume(tmp_path, capfd):
+    first = toy_runner(tmp_path, 1)
+    first.train()
+    path = tmp_path / 'epoch_1.pth'
+    checkpoint = read_checkpoint(path)
+    buffers = checkpoint['message_hub']['log_scalars']
+    assert buffers['train/loss'].mean() == first.message_hub.get_scalar('train/loss').mean()
+    assert find_state_dict(checkpoint).keys() == first.model.state_dict().keys()
+
+    capfd.readouterr()
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', FutureWarning)
+        second = toy_runner(tmp_path, 2, load_from=str(path), resume=True)
+        second.train()
+    assert 'weights_only' not in ''.join(capfd.readouterr())
+    assert second.iter == 4
+    assert len(second.message_hub.get_scalar('train/loss').data[0]) == 4
+
+
+def test_mmengine_reads_published_files_by_path_and_by_url(tmp_path, monkeypatch):
+    torch.save({'model': WEIGHTS, 'args': argparse.Namespace()}, tmp_path / 'published.pth')
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'cache'))
+    handler = partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
+    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f'http://127.0.0.1:{server.server_port}'
+        for source in (str(tmp_path / 'published.pth'), f'{address}/published.pth?download=true'):
+            loaded = CheckpointLoader.load_checkpoint(source, map_location='cpu')
+            assert isinstance(loaded['state_dict'], OrderedDict) and same(loaded['state_dict'])
+        with pytest.raises(CheckpointError, match='cannot be downloaded .*give the path'):
+            CheckpointLoader.load_checkpoint(f'{address}/gone.pth')
+        server.shutdown()
+    assert (tmp_path / 'cache' / 'hub' / 'checkpoints' / 'published.pth').is_file()
