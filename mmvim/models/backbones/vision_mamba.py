@@ -8,7 +8,8 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mmvim.models.layers.patch_embed import PatchEmbed, lecun_normal_, resize_pos_embed, square_grid
+from mmvim.checkpoints import load_published_vim
+from mmvim.models.layers.patch_embed import PatchEmbed, lecun_normal_, resize_pos_embed
 from mmvim.models.layers.rotary import RotaryEmbedding2d
 from mmvim.models.layers.vim_mixer import VimMixer
 from mmvim.registry import MODELS
@@ -191,6 +192,7 @@ class VisionMamba(BaseModule):
         self.norm_f = nn.RMSNorm(self.embed_dims, eps=norm_eps) if self.final_norm else nn.Identity()
         self.drop_path = DropPath(drop_path_rate) if drop_path_rate > 0 else nn.Identity()
         self._freeze_stages()
+        load_published_vim(self)
 
     # ---- arguments
 
