@@ -7,6 +7,7 @@ from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
+from mmvim.checkpoints import Conversion, compare, find_state_dict
 from mmvim.errors import CheckpointError, ConfigError
 from mmvim.registry import HOOKS
 
@@ -72,38 +73,17 @@ class CheckpointFitHook(Hook):
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Compare names and shapes before anything is loaded."""
-        found = checkpoint.get('state_dict', checkpoint)
-        model = unwrapped(runner.model)
-        wanted = model.state_dict()
-        found = {
-            name.removeprefix('module.'): value.shape for name, value in found.items() if isinstance(value, Tensor)
-        }
-        lacking = [name for name in wanted if name not in found]
-        different = [name for name in wanted if name in found and found[name] != wanted[name].shape]
-        surplus = [name for name in found if name not in wanted]
-        fitting = len(wanted) - len(lacking) - len(different)
-        told = [
-            f'{len(names)} {what}, for example {names[0]}{shapes(names[0])}'
-            for what, names, shapes in (
-                ('missing', lacking, lambda name: ''),
-                (
-                    'of another shape',
-                    different,
-                    lambda name: f' ({tuple(found[name])} instead of {tuple(wanted[name].shape)})',
-                ),
-                ('not in the model', surplus, lambda name: ''),
-            )
-            if names
-        ]
+        model, found = unwrapped(runner.model), find_state_dict(checkpoint, runner._load_from)
         strict = runner._resume or getattr(runner, 'testing', False)
-        if fitting * 2 < len(wanted) or (strict and (lacking or different)):
+        report = compare(_convert_backbone(model, found, strict), model.state_dict())
+        enough = len(report.loaded) * 2 >= len(model.state_dict())
+        if not enough or (strict and (report.missing or report.mismatched)):
             raise CheckpointError(
-                f"checkpoint '{runner._load_from or 'of the work_dir'}' does not fit the model of this config: of its "
-                f'{len(wanted)} parameters and buffers {fitting} fit ({"; ".join(told)}). Use the config that the '
-                'checkpoint was trained with, or the same num_classes'
+                f"checkpoint '{runner._load_from or runner.work_dir}' does not fit the model of this config: {report}. "
+                'Use the config that it was trained with, with the same number of classes'
             )
-        if lacking or different:
-            runner.logger.warning(f'checkpoint: {fitting} of {len(wanted)} parameters fit; {"; ".join(told)}')
+        if report.missing or report.mismatched:
+            runner.logger.warning(f'checkpoint: {report}')
         self._check_classes(runner, checkpoint)
 
     @staticmethod
@@ -118,3 +98,17 @@ class CheckpointFitHook(Hook):
                 f'{list(here)}: give the class names in the order of training, for a COCO folder by '
                 f'--cfg-options classes="[\'{trained[0]}\', ...]"'
             )
+
+
+def _convert_backbone(model: nn.Module, weights: dict[str, Tensor], strict: bool) -> Conversion:
+    """Weights after what the backbone makes of its part on loading, which also says why that does not fit."""
+    backbone = getattr(model, 'backbone', None)
+    own = {name.removeprefix('backbone.'): value for name, value in weights.items() if name.startswith('backbone.')}
+    hooks = getattr(backbone, '_load_state_dict_pre_hooks', {})
+    if not own or not hooks:
+        return Conversion(weights)
+    metadata = getattr(weights, '_metadata', {}).get('backbone', {})
+    for hook in hooks.values():
+        hook(own, '', metadata, strict, [], [], [])
+    rest = {name: value for name, value in weights.items() if not name.startswith('backbone.')}
+    return Conversion({**rest, **{f'backbone.{name}': value for name, value in own.items()}})

@@ -1,8 +1,6 @@
 """mmengine's Runner with checked input, for all three hosts and for machines without a GPU."""
 
 import copy
-import os
-import pickle
 
 import torch
 from mmengine.device import get_device
@@ -12,8 +10,9 @@ from mmengine.model import MMDistributedDataParallel, revert_sync_batchnorm
 from mmengine.runner import Runner as _Runner
 from torch import nn
 
+import mmvim.checkpoints  # noqa: F401  (reads checkpoints without running code from them)
 from mmvim.engine.complete import complete_config
-from mmvim.errors import CheckpointError, ConfigError
+from mmvim.errors import ConfigError
 from mmvim.registry import RUNNERS
 
 CHECKS = ('ClassCountHook', 'CheckpointFitHook')
@@ -61,23 +60,6 @@ class Runner(_Runner):
         super().register_hooks(default_hooks, custom_hooks)
         for check in CHECKS:
             self.register_hook(dict(type=f'mmvim.{check}'))
-
-    def load_checkpoint(self, filename: str, *args, **kwargs) -> dict:
-        """Load a checkpoint; see the base class.
-
-        Raises:
-            CheckpointError: if there is no such file, it is no checkpoint, or it does not fit.
-        """
-        if '://' not in str(filename) and not os.path.isfile(filename):
-            raise CheckpointError(f"checkpoint '{filename}' does not exist: give the path of a .pth file")
-        try:
-            return super().load_checkpoint(filename, *args, **kwargs)
-        except (pickle.UnpicklingError, EOFError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"'{filename}' is no checkpoint ({error})") from None
-        except RuntimeError as error:
-            if 'PytorchStreamReader' not in str(error):
-                raise
-            raise CheckpointError(f"checkpoint '{filename}' is damaged or incomplete ({error})") from None
 
     def test(self) -> dict:
         """Test; returns the metrics by name."""
