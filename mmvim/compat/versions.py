@@ -4,8 +4,8 @@ from importlib import import_module
 
 from mmengine.utils import digit_version
 
-# the lowest versions that the tests were run with
-TESTED_FROM = {'mmengine': '0.10.12', 'mmcv': '2.3.6', 'mmdet': '3.5.1', 'mmseg': '1.4.2', 'mmpretrain': '1.3.6'}
+# the oldest versions that the tests were run with; pyproject.toml has the same
+TESTED_FROM = {'mmengine': '0.10.10', 'mmcv': '2.3.4', 'mmdet': '3.5.0', 'mmseg': '1.4.0', 'mmpretrain': '1.3.4'}
 
 
 def require(*modules: str) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from mmvim.compat.versions import TESTED_FROM
 from mmvim.version import __version__
 
 ROOT = Path(__file__).parents[2]
@@ -74,6 +75,20 @@ def test_every_listed_metafile_exists():
 def test_every_metafile_is_listed():
     listed = set(yaml.safe_load((ROOT / 'model-index.yml').read_text())['Import'])
     assert listed == {path.relative_to(ROOT).as_posix() for path in (ROOT / 'configs').rglob('metafile.yml')}
+
+
+DISTRIBUTIONS = {
+    'mmengine': 'onedl-mmengine',
+    'mmcv': 'onedl-mmcv',
+    'mmdet': 'onedl-mmdetection',
+    'mmseg': 'onedl-mmsegmentation',
+    'mmpretrain': 'onedl-mmpretrain',
+}
+
+
+@pytest.mark.parametrize('module', TESTED_FROM)
+def test_lower_bounds_are_the_tested_versions(module):
+    assert f'"{DISTRIBUTIONS[module]}>={TESTED_FROM[module]}"' in (ROOT / 'pyproject.toml').read_text()
 
 
 @pytest.mark.slow
