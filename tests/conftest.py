@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -34,3 +35,19 @@ def run_python(tmp_path):
         return result.stdout
 
     return run
+
+
+@pytest.fixture(scope='session')
+def load_config():
+    """Read a config of this project by its path below configs, set top-level keys, and complete it."""
+    from mmengine.config import Config
+
+    from mmvim.engine.complete import complete_config
+
+    def load(name: str, **keys) -> Config:
+        cfg = Config.fromfile(Path(__file__).parent.parent / 'configs' / name)
+        cfg.merge_from_dict(keys)
+        complete_config(cfg)
+        return cfg
+
+    return load
