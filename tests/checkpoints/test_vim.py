@@ -10,7 +10,7 @@ from mmengine.model import BaseModel
 from mmengine.runner.checkpoint import load_checkpoint
 from torch import nn
 
-from mmvim.checkpoints import load_published_vim, to_classifier, vim_state_dict
+from mmvim.checkpoints import to_classifier, vim_state_dict
 from mmvim.errors import CheckpointError
 from mmvim.models import VisionMamba
 
@@ -18,10 +18,7 @@ SMALL = dict(embed_dims=32, depth=4, d_state=4)
 
 
 def vim(**settings):
-    model = VisionMamba(**{'arch': SMALL, **settings})
-    if not model._load_state_dict_pre_hooks:
-        load_published_vim(model)
-    return model
+    return VisionMamba(**{'arch': SMALL, **settings})
 
 
 def dense(**settings):

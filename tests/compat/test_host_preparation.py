@@ -109,6 +109,37 @@ assert extractor([torch.ones(1, 1, 8, 8)], torch.tensor([[0, 4, 4, 16, 16.0]])).
     )
 
 
+def test_custom_imports_come_early_enough_for_mmdets_own_tools(run_python, tmp_path):
+    (tmp_path / 'config.py').write_text(
+        """
+custom_imports = dict(imports=['mmvim'])
+model = dict(
+    type='RPN',
+    backbone=dict(type='mmvim.VisionMamba', arch=dict(embed_dims=16, depth=1), cls_token=None, out_type='featmap'),
+    neck=None,
+    train_cfg=None,
+    rpn_head=dict(type='RPNHead', in_channels=16, feat_channels=16, anchor_generator=dict(
+        type='AnchorGenerator', scales=[8], ratios=[1.0], strides=[16])),
+    test_cfg=dict(rpn=dict(nms_pre=9, max_per_img=9, nms=dict(type='nms', iou_threshold=0.7), min_bbox_size=0)))
+"""
+    )
+    run_python(
+        """
+from mmdet.utils import setup_cache_size_limit_of_dynamo  # what tools/train.py of mmdet imports first
+from mmengine.config import Config
+config = Config.fromfile('config.py')
+from mmdet.utils import register_all_modules
+from mmdet.registry import MODELS
+register_all_modules()
+import torch
+from mmdet.structures import DetDataSample
+model = MODELS.build(config.model).eval()
+sample = DetDataSample(metainfo=dict(img_shape=(64, 64), scale_factor=(1, 1)))
+assert len(model.predict(torch.randn(1, 3, 64, 64), [sample])[0].pred_instances)
+"""
+    )
+
+
 HOST_BASES = {
     'mmdet': 'mmdet::_base_/models/cascade-mask-rcnn_r50_fpn.py',
     'mmseg': 'mmseg::_base_/models/upernet_r50.py',
