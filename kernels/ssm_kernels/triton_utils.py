@@ -1,0 +1,130 @@
+"""Parts that the Triton kernels share: fast elementary functions, rows of packed scalars, launching, scratch memory."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from contextlib import AbstractContextManager
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+INTERPRETED = os.environ.get('TRITON_INTERPRET', '0') == '1'
+LOG2E = tl.constexpr(1.4426950408889634)
+LOG2E_REST = tl.constexpr(1.925963033500919e-08)  # log2(e) less its float32 rounding
+LN2 = tl.constexpr(0.6931471805599453)
+NAN_STAYS = tl.constexpr(tl.PropagateNan.ALL)
+
+
+def fast_math(x: Tensor) -> bool:
+    """Whether kernels on x may use NVIDIA's approximate instructions, which are inline PTX."""
+    return not INTERPRETED and x.device.type == 'cuda' and torch.version.hip is None
+
+
+def on_device(x: Tensor) -> AbstractContextManager:
+    """Makes x's device the current one, as Triton launches there."""
+    if x.device.type == 'cpu':
+        return contextlib.nullcontext()
+    return torch.get_device_module(x.device).device(x.device)
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> Tensor:
+    """Every buffer of the Triton kernels comes from here, uninitialised, so that tests can poison them."""
+    return torch.empty(shape, dtype=dtype, device=like.device)
+
+
+@triton.jit
+def exp2(x, FAST: tl.constexpr):
+    """2^x in float32. FAST: one instruction on NVIDIA, 2 units in the last place, denormals are zero."""
+    if FAST:
+        return tl.inline_asm_elementwise(
+            'ex2.approx.ftz.f32 $0, $1;', '=f,f', [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return tl.exp2(x)
+
+
+@triton.jit
+def reciprocal(x, FAST: tl.constexpr):
+    if FAST:
+        return tl.inline_asm_elementwise(
+            'rcp.approx.ftz.f32 $0, $1;', '=f,f', [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return 1.0 / x
+
+
+@triton.jit
+def exp_neg_abs(x, FAST: tl.constexpr):
+    """exp(-|x|), with the rounding of x * log2(e) put right: its error would grow with |x|."""
+    x = tl.minimum(tl.abs(x), 150.0, propagate_nan=NAN_STAYS)
+    t = x * -LOG2E
+    rest = tl.fma(x, -LOG2E, -t)
+    rest = tl.fma(x, -LOG2E_REST, rest)
+    e = exp2(t, FAST)
+    return tl.fma(e, rest * LN2, e)
+
+
+@triton.jit
+def softplus(x, FAST: tl.constexpr):
+    """log(1 + exp(x)) to 3e-7 of its value for every x, tiny results included.
+
+    With e = exp(-|x|) it is max(x, 0) + log1p(e), and log1p(e) / e is a polynomial on [0, 1]. A logarithm of 1 + e
+    would lose what matters of a small e.
+    """
+    e = exp_neg_abs(x, FAST)
+    p = tl.fma(e, 0.005232623778283596, -0.029504956677556038)
+    p = tl.fma(p, e, 0.07822549343109131)
+    p = tl.fma(p, e, -0.1366320699453354)
+    p = tl.fma(p, e, 0.1910598874092102)
+    p = tl.fma(p, e, -0.2484297752380371)
+    p = tl.fma(p, e, 0.3331909477710724)
+    p = tl.fma(p, e, -0.4999949336051941)
+    p = tl.fma(p, e, 0.9999999403953552)
+    return tl.fma(p, e, tl.maximum(x, 0.0, propagate_nan=NAN_STAYS))
+
+
+@triton.jit
+def sigmoid(x, FAST: tl.constexpr):
+    return reciprocal(1.0 + exp2(x * -LOG2E, FAST), FAST)
+
+
+@triton.jit
+def scalar_row(p, N: tl.constexpr, PACK: tl.constexpr):
+    """N neighbouring values at a scalar pointer as a tuple of float32 scalars, PACK values by one load.
+
+    The address must be a multiple of PACK times the size of a value. Scalars keep the compiler from spreading a
+    row over the lanes, which would cost shuffles in every step.
+    """
+    dtype: tl.constexpr = p.dtype.element_ty
+    row = ()
+    if PACK == 1:
+        for i in tl.static_range(N):
+            row = row + (tl.load(p + i).to(tl.float32),)
+    else:
+        bits: tl.constexpr = dtype.primitive_bitwidth
+        word: tl.constexpr = tl.int64 if PACK * bits == 64 else tl.int32
+        p_word = p.to(tl.pointer_type(word))
+        for i in tl.static_range(N // PACK):
+            packed = tl.load(p_word + i)
+            for j in tl.static_range(PACK):
+                x = packed >> (j * bits)
+                if bits == 32:
+                    value = x.to(tl.int32).to(tl.float32, bitcast=True)
+                elif dtype == tl.bfloat16:
+                    value = (x.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+                else:
+                    value = x.to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+                row = row + (value,)
+    return row
+
+
+def widest_pack(n: int, x: Tensor, strides: tuple[int, ...]) -> int:
+    """How many values of a row of n :func:`scalar_row` may take by one load, given the tensor's address and strides."""
+    size = x.element_size()
+    for pack in (8 // size, 4 // size):
+        if pack > 1 and n % pack == 0 and all(s % pack == 0 for s in strides) and x.data_ptr() % (pack * size) == 0:
+            return pack
+    return 1
