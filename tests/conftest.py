@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from mmengine.registry import DefaultScope
 
 import mmvim  # noqa: F401  (before any host: it serves the ops that mmcv was installed without)
 
@@ -19,6 +20,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if 'gpu' in item.keywords:
                 item.add_marker(pytest.mark.skip(reason='no CUDA, ROCm or XPU device'))
+
+
+@pytest.fixture(autouse=True)
+def default_scope_of_its_own():
+    """A Runner sets mmengine's default scope for the whole process: give every test the one that it started with."""
+    before = dict(DefaultScope._instance_dict)
+    yield
+    DefaultScope._instance_dict.clear()
+    DefaultScope._instance_dict.update(before)
 
 
 @pytest.fixture

@@ -240,12 +240,15 @@ def test_models_can_still_be_pickled_and_copied():
 
 
 def test_whole_classifiers_get_the_names_of_mmpretrain():
-    from mmpretrain.models import ImageClassifier
+    from mmpretrain.registry import MODELS
 
-    classifier = ImageClassifier(
-        data_preprocessor=dict(type='mmpretrain.ClsDataPreprocessor'),
-        backbone=dict(type='mmvim.VisionMamba', arch=SMALL),
-        head=dict(type='mmpretrain.LinearClsHead', num_classes=10, in_channels=32),
+    classifier = MODELS.build(
+        dict(
+            type='ImageClassifier',
+            _scope_='mmpretrain',
+            backbone=dict(type='mmvim.VisionMamba', arch=SMALL),
+            head=dict(type='LinearClsHead', num_classes=10, in_channels=32),
+        )
     )
     published = {**vim().state_dict(), 'head.weight': torch.randn(10, 32), 'head.bias': torch.randn(10)}
     classifier.load_state_dict(to_classifier(published), strict=True)
