@@ -9,12 +9,15 @@ import triton
 from torch import Tensor
 
 from ..triton_utils import empty, fast_math, on_device, widest_pack
+from .gpu_backward import scan_backward_kernel
 from .gpu_forward import RowStrides, Shape, chunk_state_kernel, pass_state_kernel, scan_forward_kernel
 
 MAX_STATE_SIZE = 64
 BLOCK = 64  # tokens between two states kept for the backward pass
+BACKWARD_STEPS = 4  # states that the backward kernel holds in registers
 MIN_CHUNK = 32
 SINGLE_PASS_PROGRAMS = 384  # modelled: from here on one chunk per sequence is faster than the doubled arithmetic of three
+MAX_BACKWARD_PROGRAMS = 1056  # bounds the scratch memory; further work is looped over
 TARGET_PROGRAMS = 1056  # 8 warps on each of the 132 multiprocessors of an H100
 
 
@@ -51,10 +54,10 @@ class Operands:
         self.G = max(x.shape[3] if x.dim() == 5 else 1 for x in (B, C))
         self.u, self.dt = _dense_rows(u), _dense_rows(dt)
         self.z = None if z is None else _dense_rows(z)
-        self.A = A
+        self.A = _dense_rows(A)
         self.Dw = None if D is None else _dense_rows(D)
         self.bias = None if dt_bias is None else _dense_rows(dt_bias)
-        self.s_u, self.s_dt, self.s_A = self.u.stride()[:2], self.dt.stride()[:2], A.stride()
+        self.s_u, self.s_dt, self.s_A = self.u.stride()[:2], self.dt.stride()[:2], self.A.stride()
         self.s_z = 0 if z is None else self.z.stride(0)
         self.s_D = 0 if D is None else self.Dw.stride(0)
         self.s_bias = 0 if dt_bias is None else self.bias.stride(0)
@@ -123,14 +126,17 @@ def _forward(
     x = Operands(u, dt, A, B, C, D, z, dt_bias, dt_softplus, reverse)
     width = 64 if torch.version.hip or (x.N <= 16 and x.dg % 64 == 0 and x.B * x.D // 64 >= TARGET_PROGRAMS) else 32
     shape = x.tiled(width)
-    unroll = 4 if x.N <= 16 else 1
+    unroll = 1 if x.N > 16 else 2 if width == 64 else 4
+    options = {'num_warps': 1, 'enable_fp_fusion': True}
+    if shape.FAST and x.N <= 16:
+        options['maxnreg'] = 96 if width == 32 else 168
     block, per_chunk = plan_chunks(x.L, x.B * shape.T, BLOCK if save else 0)
     n_states = -(-x.L // block)
     n_chunks = -(-n_states // per_chunk)
     y = empty((x.B, x.L, x.D), u.dtype, u)
     acc = y if x.K == 1 or u.dtype == torch.float32 else empty((x.B, x.L, x.D), torch.float32, u)
-    last = empty((x.K, x.B, x.N, x.D), torch.float32, u)
-    states = empty((x.K, x.B, n_states, x.N, x.D) if save or n_chunks > 1 else (0,), torch.float32, u)
+    last = empty((x.K, x.B, x.D, x.N), torch.float32, u)
+    states = empty((x.K, x.B, n_states, x.D, x.N) if save or n_chunks > 1 else (0,), torch.float32, u)
     with on_device(u):
         if n_chunks > 1:
             sums = empty((x.K, x.B, n_chunks, x.D), torch.float32, u)
@@ -143,9 +149,9 @@ def _forward(
         scan_forward_kernel[(shape.T * n_chunks * x.B,)](
             x.u, x.dt, x.A, x.Bx, x.Cx, x.Dw, x.z, x.bias, y, acc, states, last, scale, x.B, x.L, block, per_chunk,
             n_chunks, n_states, x.s_u, x.s_dt, x.s_A, x.s_B, x.s_C, x.s_D, x.s_z, x.s_bias, n_chunks > 1, save,
-            x.rows, shape, unroll, num_warps=1, enable_fp_fusion=True,
+            x.rows, shape, unroll, **options,
         )  # fmt: skip
-    return y, last.transpose(2, 3), states if save else states.new_empty(0)
+    return y, last, states if save else states.new_empty(0)
 
 
 def _pass_states(
@@ -159,9 +165,82 @@ def _pass_states(
     n_states: int,
     adjoint: bool,
 ) -> None:
-    s_init = (0, 0, 0, 0) if init is None else init.stride()
-    tiles = triton.cdiv(x.D, 32)
-    pass_state_kernel[(tiles * x.N * x.B * x.K,)](
-        x.A, states, sums, init, x.B, per_chunk, n_chunks, n_states, x.s_A, s_init, init is not None, adjoint, shape,
-        32, 8, num_warps=1, enable_fp_fusion=True,
+    BX = 64
+    pass_state_kernel[(triton.cdiv(x.D * x.N, BX) * x.B * x.K,)](
+        x.A, states, sums, init, x.B, per_chunk, n_chunks, n_states, x.s_A, init is not None, adjoint, shape,
+        BX, 8, num_warps=1, enable_fp_fusion=True,
     )  # fmt: skip
+
+
+def _backward(
+    dy: Tensor,
+    dlast: Tensor | None,
+    states: Tensor,
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    reverse: bool,
+    scale: float,
+) -> list[Tensor]:
+    x = Operands(u, dt, A, B, C, D, z, dt_bias, dt_softplus, reverse)
+    dy = _dense_rows(dy)
+    rows = x.rows._replace(dy=dy.stride(1))
+    const_B, const_C = B.dim() == 3, C.dim() == 3
+    BN = max(8, triton.next_power_of_2(x.N))
+    wide = BN == 8 and x.dg % 64 == 0
+    shape = x.tiled(64 if wide else 32)
+    warps = max(1, BN // 16) * (2 if const_B or const_C else 1)
+    block, per_chunk = plan_chunks(x.L, x.K * x.B * shape.T, BLOCK)
+    n_states = states.shape[2]
+    n_chunks = -(-n_states // per_chunk)
+    n_items = shape.T * n_chunks * x.B * x.K
+    n_programs = -(-n_items // -(-n_items // MAX_BACKWARD_PROGRAMS))
+    parts = x.B * n_chunks
+
+    du, ddt = (empty((x.K, x.B, x.L, x.D), u.dtype, u) for _ in range(2))
+    dA = empty((x.K, parts, x.D, x.N), torch.float32, u)
+    dB, dC = (
+        empty((x.K, parts, x.D, x.N) if const else (x.K, x.B, x.L, shape.T, x.N), torch.float32, u)
+        for const in (const_B, const_C)
+    )
+    dD, dbias = (None if p is None else empty((x.K, parts, x.D), torch.float32, u) for p in (D, dt_bias))
+    dz = None if z is None else empty((x.K, x.B, x.L, x.D), u.dtype if x.K == 1 else torch.float32, u)
+    scratch = empty((n_programs, block // BACKWARD_STEPS, shape.BD, BN), torch.float32, u)
+    adjoint = None if dlast is None else dlast.to(torch.float32).contiguous()
+    with on_device(u):
+        if n_chunks > 1:
+            narrow = x.tiled(64 if torch.version.hip else 32)
+            last, adjoint = adjoint, empty((x.K, x.B, n_chunks, x.D, x.N), torch.float32, u)
+            sums = empty((x.K, x.B, n_chunks, x.D), torch.float32, u)
+            chunk_state_kernel[(narrow.T * (n_chunks - 1) * x.B * x.K,)](
+                dy, x.dt, x.A, x.Cx, x.z, x.bias, adjoint, sums, scale, x.B, x.L, block * per_chunk, 1, n_chunks,
+                n_chunks, (0, dy.stride(0)), x.s_dt, x.s_A, x.s_C, x.s_z, x.s_bias, rows.dy, rows.C, shape.PACK_C,
+                True, rows, narrow, 1 if x.N > 16 else 4, num_warps=1, enable_fp_fusion=True,
+            )  # fmt: skip
+            _pass_states(x, narrow, adjoint, sums, last, 1, n_chunks, n_chunks, True)
+        scan_backward_kernel[(n_programs,)](
+            x.u, x.dt, x.A, _constant(B) if const_B else x.Bx, _constant(C) if const_C else x.Cx, x.Dw, x.z, x.bias,
+            dy, states, adjoint, scratch, du, ddt, dz, dB, dC, dA, dD, dbias, scale, x.B, x.L, block, per_chunk,
+            n_chunks, n_states, n_items, n_programs, x.s_u, x.s_dt, x.s_A, x.s_B, x.s_C, x.s_D, x.s_z, x.s_bias,
+            dy.stride(0), adjoint is not None, rows, shape, BN, BACKWARD_STEPS, num_warps=warps, enable_fp_fusion=True,
+        )  # fmt: skip
+    grads = [du, ddt, dA.sum(1).to(A.dtype)]
+    for grad, x_token in ((dB, B), (dC, C)):
+        if x_token.dim() == 3:
+            grads.append(grad.sum(1).to(x_token.dtype))
+        else:
+            grads.append(grad.unflatten(3, (x_token.shape[3], -1)).sum(4).to(x_token.dtype))
+    grads += [grad.sum(1).to(p.dtype) for grad, p in ((dD, D), (dbias, dt_bias)) if p is not None]
+    if z is not None:
+        grads.append(dz.view(x.B, x.L, x.D) if x.K == 1 else dz.sum(0).to(z.dtype))
+    return grads
+
+
+def _constant(x: Tensor) -> Tensor:
+    return x.to(torch.float32).contiguous()

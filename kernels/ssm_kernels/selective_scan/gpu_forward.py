@@ -78,18 +78,50 @@ def load_float(p, m_d):
 
 
 @triton.jit
-def load_rows(p, o_d, m_d, F: tl.constexpr):
-    """N rows of a contiguous (N, D) matrix, a tuple of float32 vectors."""
-    rows = ()
-    for n in tl.static_range(F.N):
-        rows = rows + (load_float(p + n * F.D + o_d, m_d),)
-    return rows
+def split_columns(tile, N: tl.constexpr, W: tl.constexpr):
+    """The first N of the W columns of a tile [BD, W] as a tuple of vectors."""
+    if W == 1:
+        return (tl.reshape(tile, [tile.shape[0]]),)
+    else:
+        even, odd = tl.split(tl.reshape(tile, [tile.shape[0], W // 2, 2]))
+        evens = split_columns(even, (N + 1) // 2, W // 2)
+        odds = split_columns(odd, (N + 1) // 2, W // 2)
+        columns = ()
+        for n in tl.static_range(N):
+            if n % 2 == 0:
+                columns = columns + (evens[n // 2],)
+            else:
+                columns = columns + (odds[n // 2],)
+        return columns
+
+
+@triton.jit
+def join_columns(columns, i: tl.constexpr, STEP: tl.constexpr, N: tl.constexpr, W: tl.constexpr):
+    """A tile [BD, W] of every STEP-th column from i on; past the N-th the last one is repeated."""
+    if W == 1:
+        x = columns[i if i < N else N - 1]
+        return tl.reshape(x, [x.shape[0], 1])
+    else:
+        even = join_columns(columns, i, 2 * STEP, N, W // 2)
+        odd = join_columns(columns, i + STEP, 2 * STEP, N, W // 2)
+        return tl.reshape(tl.join(even, odd), [even.shape[0], W])
+
+
+@triton.jit
+def load_rows(p, s_d, s_n, o_d, m_d, F: tl.constexpr):
+    W: tl.constexpr = triton.next_power_of_2(F.N)
+    o_n = tl.arange(0, W)
+    m = m_d[:, None] & (o_n < F.N)[None, :]
+    tile = tl.load(p + o_d[:, None] * s_d + o_n[None, :] * s_n, mask=m, other=0.0).to(tl.float32)
+    return split_columns(tile, F.N, W)
 
 
 @triton.jit
 def store_rows(p, rows, o_d, m_d, F: tl.constexpr):
-    for n in tl.static_range(F.N):
-        tl.store(p + n * F.D + o_d, rows[n], mask=m_d)
+    W: tl.constexpr = triton.next_power_of_2(F.N)
+    o_n = tl.arange(0, W)
+    tile = join_columns(rows, 0, 1, F.N, W)
+    tl.store(p + o_d[:, None] * F.N + o_n[None, :], tile, mask=m_d[:, None] & (o_n < F.N)[None, :])
 
 
 @triton.jit
@@ -104,16 +136,20 @@ def zero_rows(F: tl.constexpr):
 def decay_rows(p, s_d, s_n, o_d, m_d, F: tl.constexpr):
     """The columns of A times log2(e): exp(x A) = 2^(x result)."""
     rows = ()
+    columns = load_rows(p, s_d, s_n, o_d, m_d, F)
     for n in tl.static_range(F.N):
-        rows = rows + (load_float(p + o_d * s_d + n * s_n, m_d) * LOG2E,)
+        rows = rows + (columns[n] * LOG2E,)
     return rows
 
 
 @triton.jit
 def token_row(p, o_d, m_d, PACK: tl.constexpr, F: tl.constexpr):
-    """B or C of one token: N scalars shared by the tile, or N vectors where B or C is constant over the tokens."""
+    """B or C of one token: N scalars shared by the tile; if constant over the tokens, N rows of a (N, D) matrix."""
     if PACK == 0:
-        return load_rows(p, o_d, m_d, F)
+        rows = ()
+        for n in tl.static_range(F.N):
+            rows = rows + (load_float(p + n * F.D + o_d, m_d),)
+        return rows
     else:
         return scalar_row(p, F.N, PACK)
 
@@ -234,50 +270,50 @@ def chunk_state_kernel(
 
 @triton.jit(do_not_specialize=['NB', 'R', 'n_chunks', 'n_states'])
 def pass_state_kernel(
-    A, states, sums, init, NB, R, n_chunks, n_states, s_A, s_init, HAS_INIT: tl.constexpr, ADJOINT: tl.constexpr,
-    F: tl.constexpr, BD: tl.constexpr, U: tl.constexpr,
+    A, states, sums, init, NB, R, n_chunks, n_states, s_A, HAS_INIT: tl.constexpr, ADJOINT: tl.constexpr,
+    F: tl.constexpr, BX: tl.constexpr, U: tl.constexpr,
 ):  # fmt: skip
-    """Step 2, in place: the local ends of step 1 become true starts. One program per state index and tile."""
-    n_tiles: tl.constexpr = (F.D + BD - 1) // BD
+    """Step 2, in place: the local ends of step 1 become true starts. A program takes BX of the D * N states."""
+    n_tiles: tl.constexpr = (F.D * F.N + BX - 1) // BX
     pid = tl.program_id(0)
-    i_n = pid // n_tiles % F.N
-    i_kb = (pid // n_tiles // F.N).to(tl.int64)
+    i_kb = (pid // n_tiles).to(tl.int64)
     i_k = i_kb // NB
-    o_d = pid % n_tiles * BD + tl.arange(0, BD)
-    m_d = o_d < F.D
-    b_A = load_float(A + i_k * s_A[0] + o_d * s_A[1] + i_n * s_A[2], m_d) * LOG2E
-    p_state = states + i_kb * n_states * F.N * F.D + i_n * F.D + o_d
+    o_x = pid % n_tiles * BX + tl.arange(0, BX)
+    o_d = o_x // F.N
+    m_x = o_x < F.D * F.N
+    b_A = load_float(A + i_k * s_A[0] + o_d * s_A[1] + o_x % F.N * s_A[2], m_x) * LOG2E
+    p_state = states + i_kb * n_states * F.D * F.N + o_x
     p_sum = sums + i_kb * n_chunks * F.D + o_d
-    h = tl.zeros([BD], tl.float32)
+    h = tl.zeros([BX], tl.float32)
     if HAS_INIT:
-        h = load_float(init + i_k * s_init[0] + i_kb % NB * s_init[1] + o_d * s_init[2] + i_n * s_init[3], m_d)
+        h = load_float(init + i_kb * F.D * F.N + o_x, m_x)
     left = walks_left(i_k, ADJOINT, F)
     i_0 = left * (tl.minimum(n_chunks * R, n_states) - 1)
-    tl.store(p_state + i_0 * F.N * F.D, h, mask=m_d)
+    tl.store(p_state + i_0 * F.N * F.D, h, mask=m_x)
     for j in range(1, n_chunks, U):
         b_a = ()
         b_s = ()
         for i in tl.static_range(U):
-            m = m_d & (tl.full([BD], j + i, tl.int32) < n_chunks)
+            m = m_x & (tl.full([BX], j + i, tl.int32) < n_chunks)
             i_from = left * (n_chunks - 1) + (1 - 2 * left) * (j + i - 1)
             i_to = left * (n_chunks * R - 1) + (1 - 2 * left) * (j + i) * R
             b_a = b_a + (exp2(b_A * load_float(p_sum + i_from * F.D, m), F.FAST),)
             b_s = b_s + (load_float(p_state + i_to * F.N * F.D, m),)
         for i in tl.static_range(U):
             h = b_a[i] * h + b_s[i]
-            m = m_d & (tl.full([BD], j + i, tl.int32) < n_chunks)
+            m = m_x & (tl.full([BX], j + i, tl.int32) < n_chunks)
             i_to = left * (n_chunks * R - 1) + (1 - 2 * left) * (j + i) * R
             tl.store(p_state + i_to * F.N * F.D, h, mask=m)
 
 
 @triton.jit
 def scan_steps(
-    h, b_A, b_D, b_bias, p_u, p_dt, p_z, p_B, p_C, p_y, p_acc, scale, i, right, o_d, m_d, m_first, m_last,
-    STEPS: tl.constexpr, S: tl.constexpr, F: tl.constexpr,
+    h, b_A, b_D, b_bias, p_u, p_dt, p_z, p_B, p_C, p_y, p_acc, scale, i, o_d, m_d, STEPS: tl.constexpr,
+    I_K: tl.constexpr, RIGHT: tl.constexpr, S: tl.constexpr, F: tl.constexpr,
 ):  # fmt: skip
     ys = ()
     for j in tl.static_range(STEPS):
-        o = (i + j) * right
+        o = (i + j) * RIGHT
         b_dl = step_size(p_dt + o * S.dt + o_d, b_bias, m_d, F)
         b_u = load_float(p_u + o * S.u + o_d, m_d)
         b_B = token_row(p_B + o * S.B, o_d, m_d, F.PACK_B, F)
@@ -292,20 +328,78 @@ def scan_steps(
             b_y += h[n] * b_C[n]
         if F.HAS_D:
             b_y += b_D * b_u
-        if F.K == 2:
-            b_y += tl.load(p_acc + o * F.D + o_d, mask=m_last, other=0.0)
-        b_out = b_y * scale
-        if F.HAS_Z:
-            b_z = tl.load(p_z + o * S.z + o_d, mask=m_last, other=0.0).to(tl.float32)
-            b_out *= b_z * sigmoid(b_z, F.FAST)
-        ys = ys + ((b_y, b_out),)
+        if I_K > 0:
+            b_y += tl.load(p_acc + o * F.D + o_d, mask=m_d, other=0.0)
+        if I_K == F.K - 1:
+            b_y *= scale
+            if F.HAS_Z:
+                b_z = load_float(p_z + o * S.z + o_d, m_d)
+                b_y *= b_z * sigmoid(b_z, F.FAST)
+        ys = ys + (b_y,)
     # stores come after all steps: no load of a later step has to wait for one that might alias
     for j in tl.static_range(STEPS):
-        o = (i + j) * right * F.D
-        if F.K == 2:
-            tl.store(p_acc + o + o_d, ys[j][0], mask=m_first)
-        tl.store(p_y + o + o_d, ys[j][1].to(p_y.dtype.element_ty), mask=m_last)
+        o = (i + j) * RIGHT * F.D
+        if I_K == F.K - 1:
+            tl.store(p_y + o + o_d, ys[j].to(p_y.dtype.element_ty), mask=m_d)
+        else:
+            tl.store(p_acc + o + o_d, ys[j], mask=m_d)
     return h
+
+
+@triton.jit
+def scan_direction(
+    u, dt, A, B, C, D, z, bias, y, acc, states, last, scale, i_b, i_t, i_c, NB, L, CB, R, n_chunks, n_states,
+    s_u, s_dt, s_A, s_B, s_C, s_D, s_z, s_bias, I_K: tl.constexpr, RIGHT: tl.constexpr, CHUNKED: tl.constexpr,
+    SAVE: tl.constexpr, S: tl.constexpr, F: tl.constexpr, U: tl.constexpr,
+):  # fmt: skip
+    i_g, o_d, m_d = tile_of_channels(i_t, F)
+    n_blocks = tl.minimum(R, tl.cdiv(L, CB) - i_c * R).to(tl.int64)
+    i_first = i_c * R + (0 if RIGHT == 1 else n_blocks - 1)
+    row = (i_c * R * CB if RIGHT == 1 else tl.minimum((i_c + 1) * R * CB, L) - 1).to(tl.int64)
+    p_u = u + I_K * s_u[0] + i_b * s_u[1] + row * S.u
+    p_dt = dt + I_K * s_dt[0] + i_b * s_dt[1] + row * S.dt
+    p_B = B + I_K * s_B[0] + i_b * s_B[1] + i_g * s_B[2] + row * S.B
+    p_C = C + I_K * s_C[0] + i_b * s_C[1] + i_g * s_C[2] + row * S.C
+    p_y = y + (i_b * L + row) * F.D
+    p_acc = acc + (i_b * L + row) * F.D
+    p_z = p_u
+    if F.HAS_Z:
+        p_z = z + i_b * s_z + row * S.z
+    b_A = decay_rows(A + I_K * s_A[0], s_A[1], s_A[2], o_d, m_d, F)
+    b_D = 0.0
+    if F.HAS_D:
+        b_D = load_float(D + I_K * s_D + o_d, m_d)
+    b_bias = 0.0
+    if F.HAS_BIAS:
+        b_bias = load_float(bias + I_K * s_bias + o_d, m_d)
+    p_state = states + ((I_K * NB + i_b) * n_states + i_first) * F.N * F.D
+    if CHUNKED:
+        h = load_rows(p_state, F.N, 1, o_d, m_d, F)
+    else:
+        h = zero_rows(F)
+    for i_r in range(n_blocks):
+        if SAVE:
+            store_rows(p_state + i_r * (RIGHT * F.N * F.D), h, o_d, m_d, F)
+        n_steps = tl.minimum(CB, L - (i_first + RIGHT * i_r) * CB).to(tl.int64)
+        n_unrolled = n_steps // U * U
+        for i in range(0, n_unrolled, U):
+            h = scan_steps(
+                h, b_A, b_D, b_bias, p_u, p_dt, p_z, p_B, p_C, p_y, p_acc, scale, i, o_d, m_d, U, I_K, RIGHT, S, F
+            )  # fmt: skip
+        for i in range(n_unrolled, n_steps):
+            h = scan_steps(
+                h, b_A, b_D, b_bias, p_u, p_dt, p_z, p_B, p_C, p_y, p_acc, scale, i, o_d, m_d, 1, I_K, RIGHT, S, F
+            )  # fmt: skip
+        o = n_steps * RIGHT
+        p_u += o * S.u
+        p_dt += o * S.dt
+        p_z += o * (S.z if F.HAS_Z else S.u)
+        p_B += o * S.B
+        p_C += o * S.C
+        p_y += o * F.D
+        p_acc += o * F.D
+    if i_c == (n_chunks - 1 if RIGHT == 1 else 0):
+        store_rows(last + (I_K * NB + i_b) * F.N * F.D, h, o_d, m_d, F)
 
 
 @triton.jit(do_not_specialize=['NB', 'L', 'CB', 'R', 'n_chunks', 'n_states'])
@@ -319,61 +413,13 @@ def scan_forward_kernel(
     i_t = pid % F.T
     i_c = pid // F.T % n_chunks
     i_b = (pid // F.T // n_chunks).to(tl.int64)
-    i_g, o_d, m_d = tile_of_channels(i_t, F)
-    n_blocks = tl.minimum(R, tl.cdiv(L, CB) - i_c * R)
-    for i_k in range(F.K):
-        left = i_k * 0 + F.REVERSE if F.K == 1 else i_k
-        right = 1 - 2 * left
-        m_first = m_d & (tl.full([F.BD], i_k, tl.int32) == 0)
-        m_last = m_d & (tl.full([F.BD], i_k, tl.int32) == F.K - 1)
-        i_first = i_c * R + left * (n_blocks - 1)
-        row = i_c.to(tl.int64) * R * CB
-        row += left * (tl.minimum((i_c + 1) * R * CB, L) - 1 - row)
-        p_u = u + i_k * s_u[0] + i_b * s_u[1] + row * S.u
-        p_dt = dt + i_k * s_dt[0] + i_b * s_dt[1] + row * S.dt
-        p_B = B + i_k * s_B[0] + i_b * s_B[1] + i_g * s_B[2] + row * S.B
-        p_C = C + i_k * s_C[0] + i_b * s_C[1] + i_g * s_C[2] + row * S.C
-        p_y = y + (i_b * L + row) * F.D
-        p_acc = acc + (i_b * L + row) * F.D
-        p_z = p_u
-        if F.HAS_Z:
-            p_z = z + i_b * s_z + row * S.z
-        b_A = decay_rows(A + i_k * s_A[0], s_A[1], s_A[2], o_d, m_d, F)
-        b_D = 0.0
-        if F.HAS_D:
-            b_D = load_float(D + i_k * s_D + o_d, m_d)
-        b_bias = 0.0
-        if F.HAS_BIAS:
-            b_bias = load_float(bias + i_k * s_bias + o_d, m_d)
-        p_state = states + ((i_k * NB + i_b) * n_states + i_first) * F.N * F.D
-        if CHUNKED:
-            h = load_rows(p_state, o_d, m_d, F)
-        else:
-            h = zero_rows(F)
-        for i_r in range(n_blocks):
-            if SAVE:
-                store_rows(p_state, h, o_d, m_d, F)
-                p_state += right * F.N * F.D
-            n_steps = tl.minimum(CB, L - (i_first + right * i_r) * CB)
-            n_unrolled = n_steps // U * U
-            for i in range(0, n_unrolled, U):
-                h = scan_steps(
-                    h, b_A, b_D, b_bias, p_u, p_dt, p_z, p_B, p_C, p_y, p_acc, scale, i, right, o_d, m_d, m_first,
-                    m_last, U, S, F,
-                )  # fmt: skip
-            for i in range(n_unrolled, n_steps):
-                h = scan_steps(
-                    h, b_A, b_D, b_bias, p_u, p_dt, p_z, p_B, p_C, p_y, p_acc, scale, i, right, o_d, m_d, m_first,
-                    m_last, 1, S, F,
-                )  # fmt: skip
-            o = (n_steps * right).to(tl.int64)
-            p_u += o * S.u
-            p_dt += o * S.dt
-            p_z += o * (S.z if F.HAS_Z else S.u)
-            p_B += o * S.B
-            p_C += o * S.C
-            p_y += o * F.D
-            p_acc += o * F.D
-        if i_c == (1 - left) * (n_chunks - 1):
-            store_rows(last + (i_k * NB + i_b) * F.N * F.D, h, o_d, m_d, F)
+    scan_direction(
+        u, dt, A, B, C, D, z, bias, y, acc, states, last, scale, i_b, i_t, i_c, NB, L, CB, R, n_chunks, n_states,
+        s_u, s_dt, s_A, s_B, s_C, s_D, s_z, s_bias, 0, -1 if F.REVERSE else 1, CHUNKED, SAVE, S, F, U,
+    )  # fmt: skip
+    if F.K == 2:
         tl.debug_barrier()  # acc is read by the lanes that wrote it in every layout seen; this makes it sure
+        scan_direction(
+            u, dt, A, B, C, D, z, bias, y, acc, states, last, scale, i_b, i_t, i_c, NB, L, CB, R, n_chunks, n_states,
+            s_u, s_dt, s_A, s_B, s_C, s_D, s_z, s_bias, 1, -1, CHUNKED, SAVE, S, F, U,
+        )  # fmt: skip
