@@ -112,7 +112,8 @@ def load_config(args: argparse.Namespace) -> Config:
     try:
         cfg = Config.fromfile(path)
     except SyntaxError as error:
-        raise ConfigError(f"config '{error.filename or path}', line {error.lineno}: {error.msg}") from None
+        file = path if (error.filename or '<').startswith('<') else error.filename
+        raise ConfigError(f"config '{file}', line {error.lineno}: {error.msg}") from None
     except (KeyError, NameError, TypeError, AttributeError, ImportError) as error:
         raise ConfigError(f"config '{path}' cannot be read: {error}") from None
     _check_names(cfg, path)
@@ -377,7 +378,7 @@ def explain(error: Exception) -> str | None:
     if text.startswith('Failed to get ') or 'is not in the' in text:
         name = text.removeprefix('Failed to get ').split(' is not in')[0].strip('\'"')
         return f"the config names type '{name}', which no registry has: check its spelling and its scope{_close(name)}"
-    if isinstance(error, TypeError) and 'argument' in text:
+    if isinstance(error, TypeError) and ('argument' in text or text.startswith('cfg should be')):
         return f'wrong config key: {text}'
     if isinstance(error, ValueError):
         return f'wrong value in the config: {text}'

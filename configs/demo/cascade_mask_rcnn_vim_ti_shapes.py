@@ -6,8 +6,8 @@ _base_ = [
 ]
 
 width, channels = 96, 64
-strides = [4, 8, 16, 32]
-roi_extractor = dict(out_channels=channels, featmap_strides=strides[:3], finest_scale=16)
+strides = [8, 16, 32]
+roi_extractor = dict(out_channels=channels, featmap_strides=strides[:2], finest_scale=32)
 model = dict(
     backbone=dict(
         arch=dict(_delete_=True, embed_dims=width, depth=4),
@@ -15,19 +15,19 @@ model = dict(
         patch_size=8,
         drop_path_rate=0.0,
     ),
-    neck=dict(in_channels=width, out_channels=channels, scales=(2, 1, 0.5), num_outs=4),
-    rpn_head=dict(in_channels=channels, feat_channels=channels, anchor_generator=dict(scales=[5], strides=strides)),
+    neck=dict(in_channels=width, out_channels=channels, scales=(1, 0.5), num_outs=3),
+    rpn_head=dict(in_channels=channels, feat_channels=channels, anchor_generator=dict(scales=[3], strides=strides)),
     roi_head=dict(
         num_classes=4,
         bbox_roi_extractor=roi_extractor,
-        bbox_head=dict(in_channels=channels, conv_out_channels=channels, fc_out_channels=256),
+        bbox_head=dict(in_channels=channels, conv_out_channels=channels // 2, fc_out_channels=256),
         mask_roi_extractor=roi_extractor,
-        mask_head=dict(in_channels=channels, conv_out_channels=channels, num_convs=2),
+        mask_head=dict(in_channels=channels, conv_out_channels=channels // 2, num_convs=2),
     ),
     train_cfg=dict(
         rpn=dict(sampler=dict(num=64)),
         rpn_proposal=dict(nms_pre=500, max_per_img=200),
-        rcnn=dict(sampler=dict(num=64)),
+        rcnn=dict(sampler=dict(num=32)),
     ),
     test_cfg=dict(rpn=dict(nms_pre=500, max_per_img=100)),
 )

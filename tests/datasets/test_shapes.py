@@ -134,12 +134,12 @@ def test_an_interrupted_generation_leaves_nothing(tmp_path, monkeypatch):
 def test_processes_that_ask_at_once_get_one_data_set(root, tmp_path):
     context = get_context('spawn')
     target = tmp_path / 'data' / 'shapes'
-    processes = [context.Process(target=ensure_shapes, args=(target,), kwargs=SMALL) for _ in range(3)]
+    processes = [context.Process(target=ensure_shapes, args=(target,), kwargs=SMALL) for _ in range(2)]
     for process in processes:
         process.start()
     for process in processes:
         process.join()
-    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert [process.exitcode for process in processes] == [0, 0]
     assert [path.name for path in target.parent.iterdir()] == ['shapes']
     assert contents(target) == contents(root)
 

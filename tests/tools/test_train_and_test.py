@@ -1,0 +1,103 @@
+import pickle
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+
+def lines(output, start):
+    return [line for line in output.splitlines() if start in line]
+
+
+def metrics(output):
+    """The last metrics that a tool printed, by name."""
+    return dict(re.findall(r'(coco/\w+): ([-\d.]+)', lines(output, 'coco/bbox_mAP:')[-1]))
+
+
+def test_training_shows_losses_and_the_time_left_and_saves(trained):
+    folder, output = trained
+    steps = lines(output, 'Iter(train) [')
+    assert len(steps) == 4
+    assert all(re.search(r'eta: \d+:\d\d:\d\d', step) for step in steps)
+    losses = [float(re.search(r' loss: ([\d.]+)', step).group(1)) for step in steps]
+    assert np.isfinite(losses).all()
+    assert sorted(path.name for path in (folder / 'work').glob('*.pth')) == ['iter_2.pth', 'iter_4.pth']
+    assert re.search(r'coco/bbox_mAP_50: .*coco/segm_mAP_50: ', lines(output, 'Iter(val) [2/2]')[-1])
+
+
+def test_checkpoints_know_their_classes_and_positions(trained):
+    checkpoint = torch.load(trained[0] / 'work' / 'iter_4.pth', weights_only=False)
+    assert checkpoint['meta']['dataset_meta']['classes'] == ('circle', 'rectangle', 'triangle', 'star')
+    assert checkpoint['meta']['iter'] == 4
+
+
+def test_a_resumed_run_goes_on_exactly(run_tool, trained, tmp_path):
+    folder, _ = trained
+    (tmp_path / 'work').mkdir()
+    shutil.copy(folder / 'work' / 'iter_2.pth', tmp_path / 'work')
+    (tmp_path / 'work' / 'last_checkpoint').write_text(str(tmp_path / 'work' / 'iter_2.pth'))
+    finished = run_tool('train', 'tiny.py', '--work-dir', tmp_path / 'work', '--resume', cwd=folder)
+    assert finished.returncode == 0, finished.stderr
+    assert [step.split('[')[1][0] for step in lines(finished.stdout, 'Iter(train) [')] == ['3', '4']
+    first = torch.load(folder / 'work' / 'iter_4.pth', weights_only=False)
+    second = torch.load(tmp_path / 'work' / 'iter_4.pth', weights_only=False)
+    assert first['optimizer']['param_groups'][0]['lr'] == second['optimizer']['param_groups'][0]['lr']
+    assert first['state_dict'].keys() == second['state_dict'].keys()
+    start = torch.load(folder / 'work' / 'iter_2.pth', weights_only=False)['state_dict']
+    name = 'backbone.layers.0.mixer.in_proj.weight'
+    assert not torch.equal(start[name], second['state_dict'][name])
+
+
+def test_testing_gives_the_numbers_of_the_training_run_pictures_and_predictions(run_tool, trained):
+    folder, trained_output = trained
+    expected = metrics(trained_output)
+    arguments = ('--work-dir', 'tested', '--show-dir', 'pictures', '--out', 'out.pkl')
+    finished = run_tool('test', 'tiny.py', 'work/iter_4.pth', *arguments, cwd=folder)
+    assert finished.returncode == 0, finished.stderr
+    assert all('eta:' in line for line in lines(finished.stdout, 'Iter(test) [')[:-1])
+    assert metrics(finished.stdout) == expected
+    pictures = sorted((folder / 'tested').glob('*/pictures/*.png'))
+    assert [picture.name for picture in pictures] == ['000000.png', '000001.png', '000002.png']
+    for picture in pictures:
+        image = cv2.imread(str(picture))
+        assert image.shape[1] >= 2 * image.shape[0], 'truth and prediction stand side by side'
+    predictions = pickle.loads((folder / 'out.pkl').read_bytes())
+    assert [p['img_id'] for p in predictions] == [1, 2, 3]
+    assert predictions[0]['pred_instances']['bboxes'].shape[1] == 4
+
+
+def test_test_time_augmentation_runs_with_masks(run_tool, trained):
+    finished = run_tool('test', 'tiny.py', 'work/iter_4.pth', '--work-dir', 'tta', '--tta', cwd=trained[0])
+    assert finished.returncode == 0, finished.stderr
+    assert {'coco/bbox_mAP_50', 'coco/segm_mAP_50'} <= set(metrics(finished.stdout))
+
+
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
+def test_mixed_precision_trains_on_a_cpu(run_tool, trained, dtype):
+    arguments = ('--work-dir', dtype, '--device', 'cpu', '--amp', '--amp-dtype', dtype)
+    options = ('--cfg-options', 'max_iters=2', 'val_cfg=None', 'val_dataloader=None', 'val_evaluator=None')
+    finished = run_tool('train', 'tiny.py', *arguments, *options, cwd=trained[0])
+    assert finished.returncode == 0, finished.stderr
+    assert len(lines(finished.stdout, 'Iter(train) [')) == 2
+    assert 'nan' not in ''.join(lines(finished.stdout, 'Iter(train) ['))
+
+
+def test_two_processes_on_a_cpu_train_together(run_tool, trained):
+    arguments = ('--launcher', 'pytorch', '--device', 'cpu', '--work-dir', 'two', '--cfg-options', 'max_iters=2')
+    finished = run_tool('train', 'tiny.py', *arguments, cwd=trained[0], processes=2)
+    assert finished.returncode == 0, finished.stderr
+    assert len(lines(finished.stdout, 'Iter(train) [')) == 2
+    assert (trained[0] / 'two' / 'iter_2.pth').is_file()
+
+
+@pytest.mark.parametrize('script', ['dist_train.sh', 'dist_test.sh', 'slurm_train.sh', 'slurm_test.sh'])
+def test_shell_scripts_explain_themselves(script):
+    tools = Path(__file__).parent.parent.parent / 'tools'
+    finished = subprocess.run([tools / script], capture_output=True, text=True)
+    assert finished.returncode == 2
+    assert finished.stderr.startswith('usage: ')
