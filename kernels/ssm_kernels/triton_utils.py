@@ -121,6 +121,36 @@ def scalar_row(p, N: tl.constexpr, PACK: tl.constexpr):
     return row
 
 
+@triton.jit
+def split_columns(tile, N: tl.constexpr, W: tl.constexpr):
+    """The first N of the W columns of a tile [BD, W] as a tuple of vectors."""
+    if W == 1:
+        return (tl.reshape(tile, [tile.shape[0]]),)
+    else:
+        even, odd = tl.split(tl.reshape(tile, [tile.shape[0], W // 2, 2]))
+        evens = split_columns(even, (N + 1) // 2, W // 2)
+        odds = split_columns(odd, (N + 1) // 2, W // 2)
+        columns = ()
+        for n in tl.static_range(N):
+            if n % 2 == 0:
+                columns = columns + (evens[n // 2],)
+            else:
+                columns = columns + (odds[n // 2],)
+        return columns
+
+
+@triton.jit
+def join_columns(columns, i: tl.constexpr, STEP: tl.constexpr, N: tl.constexpr, W: tl.constexpr):
+    """A tile [BD, W] of every STEP-th column from i on; past the N-th the last one is repeated."""
+    if W == 1:
+        x = columns[i if i < N else N - 1]
+        return tl.reshape(x, [x.shape[0], 1])
+    else:
+        even = join_columns(columns, i, 2 * STEP, N, W // 2)
+        odd = join_columns(columns, i + STEP, 2 * STEP, N, W // 2)
+        return tl.reshape(tl.join(even, odd), [even.shape[0], W])
+
+
 def widest_pack(n: int, x: Tensor, strides: tuple[int, ...]) -> int:
     """How many values of a row of n :func:`scalar_row` may take by one load, given the tensor's address and strides."""
     size = x.element_size()

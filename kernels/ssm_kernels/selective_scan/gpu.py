@@ -14,9 +14,12 @@ from .gpu_forward import RowStrides, Shape, chunk_state_kernel, pass_state_kerne
 
 MAX_STATE_SIZE = 64
 BLOCK = 64  # tokens between two states kept for the backward pass
-BACKWARD_STEPS = 4  # states that the backward kernel holds in registers
+MAX_REGISTERS = {32: 112, 64: 168}
+BACKWARD_STEPS = 2  # states that the backward kernel holds in registers
 MIN_CHUNK = 32
-SINGLE_PASS_PROGRAMS = 384  # modelled: from here on one chunk per sequence is faster than the doubled arithmetic of three
+SINGLE_PASS_PROGRAMS = (
+    384  # modelled: from here on one chunk per sequence is faster than the doubled arithmetic of three
+)
 MAX_BACKWARD_PROGRAMS = 1056  # bounds the scratch memory; further work is looped over
 TARGET_PROGRAMS = 1056  # 8 warps on each of the 132 multiprocessors of an H100
 
@@ -126,10 +129,6 @@ def _forward(
     x = Operands(u, dt, A, B, C, D, z, dt_bias, dt_softplus, reverse)
     width = 64 if torch.version.hip or (x.N <= 16 and x.dg % 64 == 0 and x.B * x.D // 64 >= TARGET_PROGRAMS) else 32
     shape = x.tiled(width)
-    unroll = 1 if x.N > 16 else 2 if width == 64 else 4
-    options = {'num_warps': 1, 'enable_fp_fusion': True}
-    if shape.FAST and x.N <= 16:
-        options['maxnreg'] = 96 if width == 32 else 168
     block, per_chunk = plan_chunks(x.L, x.B * shape.T, BLOCK if save else 0)
     n_states = -(-x.L // block)
     n_chunks = -(-n_states // per_chunk)
@@ -143,15 +142,27 @@ def _forward(
             chunk_state_kernel[(shape.T * (n_chunks - 1) * x.B * x.K,)](
                 x.u, x.dt, x.A, x.Bx, x.z, x.bias, states, sums, scale, x.B, x.L, block * per_chunk, per_chunk,
                 n_chunks, n_states, x.s_u, x.s_dt, x.s_A, x.s_B, x.s_z, x.s_bias, x.rows.u, x.rows.B, shape.PACK_B,
-                False, x.rows, shape, unroll, num_warps=1, enable_fp_fusion=True,
+                False, x.rows, shape, _unroll(shape), **_options(shape),
             )  # fmt: skip
             _pass_states(x, shape, states, sums, None, per_chunk, n_chunks, n_states, False)
         scan_forward_kernel[(shape.T * n_chunks * x.B,)](
             x.u, x.dt, x.A, x.Bx, x.Cx, x.Dw, x.z, x.bias, y, acc, states, last, scale, x.B, x.L, block, per_chunk,
             n_chunks, n_states, x.s_u, x.s_dt, x.s_A, x.s_B, x.s_C, x.s_D, x.s_z, x.s_bias, n_chunks > 1, save,
-            x.rows, shape, unroll, **options,
+            x.rows, shape, _unroll(shape), **_options(shape),
         )  # fmt: skip
     return y, last, states if save else states.new_empty(0)
+
+
+def _unroll(shape: Shape) -> int:
+    """Steps per turn of the loop: loads of one turn are in flight together; more cost registers and compile time."""
+    return 1 if shape.N > 16 else 2 if shape.BD == 64 else 4
+
+
+def _options(shape: Shape) -> dict[str, int | bool]:
+    options = {'num_warps': 1, 'enable_fp_fusion': True}
+    if shape.FAST and shape.N <= 16:  # left alone, ptxas takes up to 238 registers to gain nothing in the loop
+        options['maxnreg'] = MAX_REGISTERS[shape.BD]
+    return options
 
 
 def _pass_states(
@@ -173,9 +184,8 @@ def _pass_states(
 
 
 def _backward(
-    dy: Tensor,
+    dy: Tensor | None,
     dlast: Tensor | None,
-    states: Tensor,
     u: Tensor,
     dt: Tensor,
     A: Tensor,
@@ -184,18 +194,18 @@ def _backward(
     D: Tensor | None,
     z: Tensor | None,
     dt_bias: Tensor | None,
+    states: Tensor,
     dt_softplus: bool,
     reverse: bool,
     scale: float,
-) -> list[Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     x = Operands(u, dt, A, B, C, D, z, dt_bias, dt_softplus, reverse)
-    dy = _dense_rows(dy)
+    dy = torch.zeros_like(u[0]) if dy is None else _dense_rows(dy)
     rows = x.rows._replace(dy=dy.stride(1))
     const_B, const_C = B.dim() == 3, C.dim() == 3
     BN = max(8, triton.next_power_of_2(x.N))
-    wide = BN == 8 and x.dg % 64 == 0
-    shape = x.tiled(64 if wide else 32)
-    warps = max(1, BN // 16) * (2 if const_B or const_C else 1)
+    shape = x.tiled(64 if BN == 8 and x.dg % 64 == 0 and not (const_B or const_C) else 32)
+    warps = max(1, BN // 8 if BN > 16 else 1) * (2 if const_B or const_C else 1)
     block, per_chunk = plan_chunks(x.L, x.K * x.B * shape.T, BLOCK)
     n_states = states.shape[2]
     n_chunks = -(-n_states // per_chunk)
@@ -204,14 +214,14 @@ def _backward(
     parts = x.B * n_chunks
 
     du, ddt = (empty((x.K, x.B, x.L, x.D), u.dtype, u) for _ in range(2))
+    dz = None if z is None else empty((x.K, x.B, x.L, x.D), u.dtype if x.K == 1 else torch.float32, u)
     dA = empty((x.K, parts, x.D, x.N), torch.float32, u)
+    dD, dbias = (None if p is None else empty((x.K, parts, x.D), torch.float32, u) for p in (D, dt_bias))
     dB, dC = (
         empty((x.K, parts, x.D, x.N) if const else (x.K, x.B, x.L, shape.T, x.N), torch.float32, u)
         for const in (const_B, const_C)
     )
-    dD, dbias = (None if p is None else empty((x.K, parts, x.D), torch.float32, u) for p in (D, dt_bias))
-    dz = None if z is None else empty((x.K, x.B, x.L, x.D), u.dtype if x.K == 1 else torch.float32, u)
-    scratch = empty((n_programs, block // BACKWARD_STEPS, shape.BD, BN), torch.float32, u)
+    scratch = empty((n_programs, -(-block // BACKWARD_STEPS), shape.BD, BN), torch.float32, u)
     adjoint = None if dlast is None else dlast.to(torch.float32).contiguous()
     with on_device(u):
         if n_chunks > 1:
@@ -221,7 +231,7 @@ def _backward(
             chunk_state_kernel[(narrow.T * (n_chunks - 1) * x.B * x.K,)](
                 dy, x.dt, x.A, x.Cx, x.z, x.bias, adjoint, sums, scale, x.B, x.L, block * per_chunk, 1, n_chunks,
                 n_chunks, (0, dy.stride(0)), x.s_dt, x.s_A, x.s_C, x.s_z, x.s_bias, rows.dy, rows.C, shape.PACK_C,
-                True, rows, narrow, 1 if x.N > 16 else 4, num_warps=1, enable_fp_fusion=True,
+                True, rows, narrow, _unroll(narrow), **_options(narrow),
             )  # fmt: skip
             _pass_states(x, narrow, adjoint, sums, last, 1, n_chunks, n_chunks, True)
         scan_backward_kernel[(n_programs,)](
@@ -230,17 +240,95 @@ def _backward(
             n_chunks, n_states, n_items, n_programs, x.s_u, x.s_dt, x.s_A, x.s_B, x.s_C, x.s_D, x.s_z, x.s_bias,
             dy.stride(0), adjoint is not None, rows, shape, BN, BACKWARD_STEPS, num_warps=warps, enable_fp_fusion=True,
         )  # fmt: skip
-    grads = [du, ddt, dA.sum(1).to(A.dtype)]
-    for grad, x_token in ((dB, B), (dC, C)):
-        if x_token.dim() == 3:
-            grads.append(grad.sum(1).to(x_token.dtype))
-        else:
-            grads.append(grad.unflatten(3, (x_token.shape[3], -1)).sum(4).to(x_token.dtype))
-    grads += [grad.sum(1).to(p.dtype) for grad, p in ((dD, D), (dbias, dt_bias)) if p is not None]
-    if z is not None:
-        grads.append(dz.view(x.B, x.L, x.D) if x.K == 1 else dz.sum(0).to(z.dtype))
-    return grads
+
+    def total(partial: Tensor | None, like: Tensor | None) -> Tensor:
+        if like is None:
+            return u.new_empty(0)
+        if like.dim() == 5:
+            return partial.unflatten(3, (like.shape[3], -1)).sum(4).to(like.dtype)
+        return partial.sum(1).to(like.dtype)
+
+    if z is None:
+        dz = u.new_empty(0)
+    else:
+        dz = dz.view(z.shape) if x.K == 1 else dz.sum(0).to(z.dtype)
+    return du, ddt, total(dA, A), total(dB, B), total(dC, C), total(dD, D), dz, total(dbias, dt_bias)
 
 
 def _constant(x: Tensor) -> Tensor:
     return x.to(torch.float32).contiguous()
+
+
+_TENSORS = 'Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias'
+_OPTIONS = 'bool dt_softplus, bool reverse, float scale'
+forward_op = torch.library.custom_op(
+    'ssm_kernels::selective_scan_triton',
+    _forward,
+    mutates_args=(),
+    schema=f'({_TENSORS}, {_OPTIONS}, bool save_states) -> (Tensor, Tensor, Tensor)',
+)
+backward_op = torch.library.custom_op(
+    'ssm_kernels::selective_scan_triton_backward',
+    _backward,
+    mutates_args=(),
+    schema=f'(Tensor? dy, Tensor? dlast, {_TENSORS}, Tensor states, {_OPTIONS}) -> ({", ".join(["Tensor"] * 8)})',
+)
+
+
+@forward_op.register_fake
+def _forward_fake(u, dt, A, B, C, D, z, dt_bias, dt_softplus, reverse, scale, save_states):
+    K, batch, length, dim = u.shape
+    states = (K, batch, (length + BLOCK - 1) // BLOCK, dim, A.shape[-1]) if save_states else (0,)
+    return (
+        u.new_empty(batch, length, dim),
+        u.new_empty(K, batch, dim, A.shape[-1], dtype=torch.float32),
+        u.new_empty(*states, dtype=torch.float32),
+    )
+
+
+@backward_op.register_fake
+def _backward_fake(dy, dlast, u, dt, A, B, C, D, z, dt_bias, states, dt_softplus, reverse, scale):
+    return tuple(u.new_empty(0) if x is None else x.new_empty(x.shape) for x in (u, dt, A, B, C, D, z, dt_bias))
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, dt_softplus, reverse, scale, save_states = inputs
+    ctx.set_materialize_grads(False)
+    ctx.options = dt_softplus, reverse, scale
+    ctx.saved = save_states
+    ctx.save_for_backward(*tensors, output[2])
+
+
+def _autograd(ctx, dy, dlast, dstates):
+    if not ctx.saved:
+        raise RuntimeError('selective_scan_triton: backward needs save_states=True in the forward call')
+    *tensors, states = ctx.saved_tensors
+    grads = backward_op(dy, dlast, *tensors, states, *ctx.options)
+    return (*(None if x is None else g for x, g in zip(tensors, grads, strict=True)), None, None, None, None)
+
+
+def _no_second_derivative(ctx, *grads):
+    raise RuntimeError("selective_scan: backend 'triton' has no second derivative; take backend='torch'")
+
+
+forward_op.register_autograd(_autograd, setup_context=_setup_context)
+backward_op.register_autograd(_no_second_derivative)
+
+
+def selective_scan_triton(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    reverse: bool = False,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """As :func:`selective_scan_reference`, with B and C (K, B, L, G, N) or (K, D, N) and N at most 64."""
+    tensors = (u, dt, A, B, C, D, z, dt_bias)
+    save_states = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    return forward_op(*tensors, dt_softplus, reverse, scale, save_states)[:2]

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from ..triton_utils import LOG2E, exp2, scalar_row, sigmoid, softplus
+from ..triton_utils import LOG2E, exp2, join_columns, scalar_row, sigmoid, softplus, split_columns
 
 
 class Shape(NamedTuple):
@@ -75,36 +75,6 @@ def tile_of_channels(i_t, F: tl.constexpr):
 @triton.jit
 def load_float(p, m_d):
     return tl.load(p, mask=m_d, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def split_columns(tile, N: tl.constexpr, W: tl.constexpr):
-    """The first N of the W columns of a tile [BD, W] as a tuple of vectors."""
-    if W == 1:
-        return (tl.reshape(tile, [tile.shape[0]]),)
-    else:
-        even, odd = tl.split(tl.reshape(tile, [tile.shape[0], W // 2, 2]))
-        evens = split_columns(even, (N + 1) // 2, W // 2)
-        odds = split_columns(odd, (N + 1) // 2, W // 2)
-        columns = ()
-        for n in tl.static_range(N):
-            if n % 2 == 0:
-                columns = columns + (evens[n // 2],)
-            else:
-                columns = columns + (odds[n // 2],)
-        return columns
-
-
-@triton.jit
-def join_columns(columns, i: tl.constexpr, STEP: tl.constexpr, N: tl.constexpr, W: tl.constexpr):
-    """A tile [BD, W] of every STEP-th column from i on; past the N-th the last one is repeated."""
-    if W == 1:
-        x = columns[i if i < N else N - 1]
-        return tl.reshape(x, [x.shape[0], 1])
-    else:
-        even = join_columns(columns, i, 2 * STEP, N, W // 2)
-        odd = join_columns(columns, i + STEP, 2 * STEP, N, W // 2)
-        return tl.reshape(tl.join(even, odd), [even.shape[0], W])
 
 
 @triton.jit
@@ -229,10 +199,11 @@ def chunk_state(
         h, b_sum = state_steps(
             h, b_sum, b_A, b_bias, p_x, p_dt, p_z, p_R, scale, i, o_d, m_d, U, RIGHT, S_x, S_R, PACK, ADJOINT, S, F
         )  # fmt: skip
-    for i in range(n_unrolled, n_steps):
-        h, b_sum = state_steps(
-            h, b_sum, b_A, b_bias, p_x, p_dt, p_z, p_R, scale, i, o_d, m_d, 1, RIGHT, S_x, S_R, PACK, ADJOINT, S, F
-        )  # fmt: skip
+    if U > 1:
+        for i in range(n_unrolled, n_steps):
+            h, b_sum = state_steps(
+                h, b_sum, b_A, b_bias, p_x, p_dt, p_z, p_R, scale, i, o_d, m_d, 1, RIGHT, S_x, S_R, PACK, ADJOINT, S, F
+            )  # fmt: skip
     i_kb = i_k * NB + i_b
     store_rows(states + (i_kb * n_states + i_to) * F.N * F.D, h, o_d, m_d, F)
     tl.store(sums + (i_kb * n_chunks + i_c) * F.D + o_d, b_sum, mask=m_d)
@@ -386,10 +357,11 @@ def scan_direction(
             h = scan_steps(
                 h, b_A, b_D, b_bias, p_u, p_dt, p_z, p_B, p_C, p_y, p_acc, scale, i, o_d, m_d, U, I_K, RIGHT, S, F
             )  # fmt: skip
-        for i in range(n_unrolled, n_steps):
-            h = scan_steps(
-                h, b_A, b_D, b_bias, p_u, p_dt, p_z, p_B, p_C, p_y, p_acc, scale, i, o_d, m_d, 1, I_K, RIGHT, S, F
-            )  # fmt: skip
+        if U > 1:
+            for i in range(n_unrolled, n_steps):
+                h = scan_steps(
+                    h, b_A, b_D, b_bias, p_u, p_dt, p_z, p_B, p_C, p_y, p_acc, scale, i, o_d, m_d, 1, I_K, RIGHT, S, F
+                )  # fmt: skip
         o = n_steps * RIGHT
         p_u += o * S.u
         p_dt += o * S.dt
