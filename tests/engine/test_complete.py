@@ -1,0 +1,100 @@
+import json
+
+import pytest
+from mmengine.config import ConfigDict
+from mmengine.hub import get_config
+
+from mmvim.engine.complete import complete_config, set_num_classes
+from mmvim.errors import ConfigError, DataError
+
+FOLDER = 'vim/cascade_mask_rcnn_vim_ti_coco_folder.py'
+
+
+@pytest.fixture
+def files(tmp_path):
+    content = dict(images=[], annotations=[], categories=[dict(id=9, name='fig'), dict(id=2, name='date')])
+    (tmp_path / 'a.json').write_text(json.dumps(content))
+    return dict(data_root=str(tmp_path), train_ann='a.json', val_ann='a.json', train_img='x', val_img='y')
+
+
+def counts(model, path=''):
+    """Every num_classes in a model config, by path."""
+    if isinstance(model, list):
+        model = dict(enumerate(model))
+    found = {path: model['num_classes']} if 'num_classes' in model else {}
+    for key, value in model.items():
+        if isinstance(value, dict | list):
+            found.update(counts(value, f'{path}.{key}'))
+    return found
+
+
+def test_one_class_count_reaches_every_head(load_config, files):
+    cfg = load_config(FOLDER, **files)
+    assert counts(cfg.model) == {'.roi_head': 2}
+    for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
+        assert loader.dataset.metainfo.classes == ('fig', 'date')
+
+
+def test_also_the_heads_of_a_cascade_of_mmdet():
+    model = get_config('mmdet::cascade_rcnn/cascade-mask-rcnn_r50_fpn_1x_coco.py').model
+    set_num_classes(model, 7)
+    assert counts(model) == {f'.roi_head.bbox_head.{i}': 7 for i in range(3)} | {'.roi_head.mask_head': 7}
+
+
+def test_backbone_and_proposal_head_keep_theirs():
+    model = ConfigDict(backbone=dict(num_classes=1000), rpn_head=dict(num_classes=1), head=dict(num_classes=80))
+    set_num_classes(model, 3)
+    assert counts(model) == {'.backbone': 1000, '.rpn_head': 1, '.head': 3}
+
+
+def test_paths_go_to_the_loaders_and_validation_serves_as_test(load_config, files):
+    cfg = load_config(FOLDER, **files, skip_bad_images=True)
+    train, val, test = (cfg[f'{split}_dataloader'].dataset for split in ('train', 'val', 'test'))
+    assert (train.ann_file, train.data_prefix.img) == ('a.json', 'x')
+    assert (val.ann_file, val.data_prefix.img) == (test.ann_file, test.data_prefix.img) == ('a.json', 'y')
+    assert train.skip_bad_images and test.skip_bad_images
+    assert train.data_root == files['data_root']
+
+
+def test_a_test_split_of_its_own(load_config, files):
+    cfg = load_config(FOLDER, **files, test_ann='b.json', test_img='')
+    assert (cfg.test_dataloader.dataset.ann_file, cfg.test_dataloader.dataset.data_prefix.img) == ('b.json', '')
+
+
+def test_what_a_data_set_says_itself_stays(load_config, files):
+    cfg = load_config(FOLDER, **files, **{'val_dataloader.dataset.ann_file': 'mine.json'})
+    assert cfg.val_dataloader.dataset.ann_file == 'mine.json'
+    assert cfg.train_dataloader.dataset.ann_file == 'a.json'
+
+
+def test_image_size_and_iterations_are_stated_once(load_config, files):
+    cfg = load_config(FOLDER, **files, image_size=320, max_iters=70)
+    assert cfg.model.backbone.img_size == (320, 320)
+    steps = {step.type.split('.')[-1]: step for step in cfg.train_dataloader.dataset.pipeline}
+    assert steps['RandomResize'].scale == (533, 320)
+    assert steps['RandomCrop'].crop_size == (533, 533)
+    assert cfg.test_dataloader.dataset.pipeline[1].scale == (533, 320)
+    assert cfg.train_cfg.max_iters == cfg.param_scheduler[-1].end == 70
+
+
+def test_completing_twice_changes_nothing(load_config, files):
+    cfg = load_config(FOLDER, **files)
+    before = cfg.to_dict()
+    complete_config(cfg)
+    assert cfg.to_dict() == before
+
+
+def test_given_class_names_and_counts(load_config, files):
+    cfg = load_config(FOLDER, **files, classes=['date', 'fig', 'nut'], num_classes=3)
+    assert cfg.val_dataloader.dataset.metainfo.classes == ('date', 'fig', 'nut')
+    assert counts(cfg.model) == {'.roi_head': 3}
+    with pytest.raises(ConfigError, match=r'num_classes=5, but the annotation file has 2 classes \(fig, date\)'):
+        load_config(FOLDER, **files, num_classes=5)
+    with pytest.raises(DataError, match=r"gone\.json' does not exist"):
+        load_config(FOLDER, **{**files, 'train_ann': 'gone.json', 'val_ann': 'gone.json'})
+
+
+def test_other_configs_are_left_alone(load_config):
+    cfg = load_config('vim/cascade_mask_rcnn_vim_ti_coco.py')
+    assert cfg.train_dataloader.dataset.data_root == 'data/coco/'
+    assert counts(cfg.model) == {'.roi_head': 80}
