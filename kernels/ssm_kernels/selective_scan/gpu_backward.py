@@ -85,12 +85,12 @@ def scan_backward_kernel(
             n_steps = tl.minimum(CB, L - block * CB)
             n_sub = tl.cdiv(n_steps, STEPS)
             row = block.to(tl.int64) * CB + left * (n_steps - 1)
-            p_u = u + i_k * s_u[0] + i_b * s_u[1] + row * S.u + o_d
-            p_dt = dt + i_k * s_dt[0] + i_b * s_dt[1] + row * S.dt + o_d
+            p_u = u + i_k * s_u[0] + i_b * s_u[1] + row * S.u
+            p_dt = dt + i_k * s_dt[0] + i_b * s_dt[1] + row * S.dt
             p_B = B + i_k * s_B[0] + i_b * s_B[1] + i_g * s_B[2] + row * S.B
             p_C = C + i_k * s_C[0] + i_b * s_C[1] + i_g * s_C[2] + row * S.C
-            p_dy = dy + i_b * s_dy + row * S.dy + o_d
-            o_out = (i_kb * L + row) * F.D + o_d
+            p_dy = dy + i_b * s_dy + row * S.dy
+            o_out = (i_kb * L + row) * F.D
             o_row = (i_kb * L + row) * F.T + i_t
             b_h = tl.load(states + (i_kb * n_states + block) * F.D * F.N + o_dn, mask=m_dn, other=0.0)
             for i_s in range(n_sub):
@@ -99,8 +99,8 @@ def scan_backward_kernel(
                     i = i_s * STEPS + j
                     o = right * i
                     m = m_d & (tl.full([F.BD], i, tl.int32) < n_steps)
-                    b_dl = masked_step(p_dt + o * S.dt, b_bias, m, F)
-                    b_x = b_dl * load_float(p_u + o * S.u, m)
+                    b_dl = masked_step(p_dt + o * S.dt + o_d, b_bias, m, F)
+                    b_x = b_dl * load_float(p_u + o * S.u + o_d, m)
                     b_B = token_tile(p_B + o * S.B, o_d, o_n, tl.full([BN], i, tl.int32) < n_steps, m_dn, F.PACK_B, F)
                     b_h = exp2(b_dl[:, None] * b_A, F.FAST) * b_h + b_x[:, None] * b_B
             tl.debug_barrier()
@@ -113,8 +113,8 @@ def scan_backward_kernel(
                 for j in tl.static_range(STEPS):
                     o = right * (i_0 + j)
                     m = m_d & (tl.full([F.BD], i_0 + j, tl.int32) < n_steps)
-                    b_dl = masked_step(p_dt + o * S.dt, b_bias, m, F)
-                    b_u = load_float(p_u + o * S.u, m)
+                    b_dl = masked_step(p_dt + o * S.dt + o_d, b_bias, m, F)
+                    b_u = load_float(p_u + o * S.u + o_d, m)
                     m_n = tl.full([BN], i_0 + j, tl.int32) < n_steps
                     b_B = token_tile(p_B + o * S.B, o_d, o_n, m_n, m_dn, F.PACK_B, F)
                     b_h = exp2(b_dl[:, None] * b_A, F.FAST) * b_h + (b_dl * b_u)[:, None] * b_B
@@ -131,15 +131,15 @@ def scan_backward_kernel(
                     b_u = us[STEPS - 1 - j]
                     b_B = token_tile(p_B + o * S.B, o_d, o_n, m_n, m_dn, F.PACK_B, F)
                     b_C = token_tile(p_C + o * S.C, o_d, o_n, m_n, m_dn, F.PACK_C, F)
-                    b_o = load_float(p_dy + o * S.dy, m) * scale
+                    b_o = load_float(p_dy + o * S.dy + o_d, m) * scale
                     if F.HAS_Z:
-                        b_z = load_float(z + i_b * s_z + (row + o) * S.z + o_d, m)
+                        b_z = load_float(z + (i_b * s_z + (row + o) * S.z) + o_d, m)
                         b_sig = sigmoid(b_z, F.FAST)
                         b_y = tl.sum(b_C * b_h, axis=1)
                         if F.HAS_D:
                             b_y += b_D * b_u
                         b_dz = b_o * b_y * b_sig * (1.0 + b_z * (1.0 - b_sig))
-                        tl.store(dz + o_out + o * F.D, b_dz.to(dz.dtype.element_ty), mask=m)
+                        tl.store(dz + (o_out + o * F.D) + o_d, b_dz.to(dz.dtype.element_ty), mask=m)
                         b_o *= b_z * b_sig
                     b_oh = b_o[:, None] * b_h
                     b_g += b_o[:, None] * b_C
@@ -162,14 +162,14 @@ def scan_backward_kernel(
                         b_du += b_o * b_D
                         b_dD += b_o * b_u
                     if F.SOFTPLUS:
-                        b_dt = load_float(p_dt + o * S.dt, m)
+                        b_dt = load_float(p_dt + o * S.dt + o_d, m)
                         if F.HAS_BIAS:
                             b_dt += b_bias
                         b_ddl *= sigmoid(b_dt, F.FAST)
                     b_ddl = tl.where(m, b_ddl, 0.0)
                     b_dbias += b_ddl
-                    tl.store(du + o_out + o * F.D, b_du.to(du.dtype.element_ty), mask=m)
-                    tl.store(ddt + o_out + o * F.D, b_ddl.to(ddt.dtype.element_ty), mask=m)
+                    tl.store(du + (o_out + o * F.D) + o_d, b_du.to(du.dtype.element_ty), mask=m)
+                    tl.store(ddt + (o_out + o * F.D) + o_d, b_ddl.to(ddt.dtype.element_ty), mask=m)
             tl.debug_barrier()
         i_part = i_kb * n_chunks + i_c
         tl.store(dA + i_part * F.D * F.N + o_dn, b_dA, mask=m_dn)
