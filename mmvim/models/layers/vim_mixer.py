@@ -4,8 +4,9 @@ import math
 
 import torch
 import torch.nn.functional as F
-from ssm_kernels import bidirectional_selective_scan, selective_scan
 from torch import Tensor, nn
+
+from ssm_kernels import bidirectional_selective_scan, selective_scan
 
 # B batch, L tokens, D width, E = expand * D inner width, N state size, R rank of delta
 
