@@ -52,7 +52,8 @@ def scan_backward_kernel(
     o_n = tl.arange(0, BN)
     o_s = tl.arange(0, F.BD)[:, None] * BN + o_n[None, :]
     p_scratch = scratch + pid.to(tl.int64) * (CB // STEPS) * F.BD * BN
-    for item in range(pid, n_items, n_programs):
+    # hoisting out of these two loops costs registers for what little the rare turns save
+    for item in tl.range(pid, n_items, n_programs, disable_licm=True):
         i_t = item % F.T
         i_c = item // F.T % n_chunks
         i_kb = (item // F.T // n_chunks).to(tl.int64)
@@ -80,7 +81,7 @@ def scan_backward_kernel(
         b_dC = tl.zeros([F.BD, BN], tl.float32)
         b_dD = tl.zeros([F.BD], tl.float32)
         b_dbias = tl.zeros([F.BD], tl.float32)
-        for i_r in range(n_blocks):
+        for i_r in tl.range(n_blocks, disable_licm=True):
             block = i_c * R + (left * i_r + (1 - left) * (n_blocks - 1 - i_r))
             n_steps = tl.minimum(CB, L - block * CB)
             n_sub = tl.cdiv(n_steps, STEPS)
