@@ -67,7 +67,8 @@ class VisionMamba(BaseModule):
 
     Args:
         arch: a name in ``arch_zoo`` ('tiny', 'small', 'base', or their short forms), or a dict with 'embed_dims'
-            and 'depth' and optionally 'd_state', 'd_conv', 'expand' and 'dt_rank'.
+            and 'depth' and optionally 'd_state', 'd_conv', 'expand' and 'dt_rank'. Depth 0, with out_indices=-1, is
+            the patch embedding with positions alone, for controls.
         img_size: size for which positions are stored, pixels; an int or (height, width).
         patch_size: side of a patch, pixels.
         patch_stride: distance of neighbouring patches, pixels; patch_size if None.
@@ -210,6 +211,8 @@ class VisionMamba(BaseModule):
 
     def _absolute_indices(self, out_indices: int | Sequence[int]) -> tuple[int, ...]:
         given = (out_indices,) if isinstance(out_indices, int) else tuple(out_indices)
+        if self.depth == 0 and given == (-1,):
+            return given
         indices = tuple(i + self.depth if i < 0 else i for i in given)
         if not indices or list(indices) != sorted(set(indices)) or not 0 <= indices[0] <= indices[-1] < self.depth:
             raise ValueError(f'out_indices must rise within 0 to {self.depth - 1}, got {out_indices}')
@@ -322,6 +325,8 @@ class VisionMamba(BaseModule):
         patches, grid = self.patch_embed(x)
         tokens = [getattr(self, name).to(patches.dtype).expand(len(x), -1, -1) for name in self._class_token_names()]
         hidden = self.drop_after_pos(self._insert(patches, tokens) + self.positions(grid))
+        if self.depth == 0:
+            return (self._read_out(self.norm_f(hidden), grid),)
         residual = None
         tables = self._rotary_tables(grid, hidden)
         backwards = self.directions == 'sequence' and self.training and bool(torch.rand(()) < self.reverse_prob)
