@@ -6,7 +6,6 @@ import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 
@@ -46,7 +45,10 @@ def choose_backend(op: str, table: Sequence[Backend], forced: str | None, x: Ten
     raise RuntimeError(f'{op}: ' + '; '.join(reasons))
 
 
-@torch.compiler.assume_constant_result
+# Looked up once, so that torch.compile meets a constant.
+_INSTALLED = {name: importlib.util.find_spec(name) is not None for name in ('numba', 'triton')}
+
+
 def missing_package(name: str) -> bool:
-    """Whether the package is not installed (looked up, not imported)."""
-    return importlib.util.find_spec(name) is None
+    """Whether the package, 'numba' or 'triton', is not installed (looked up, not imported)."""
+    return not _INSTALLED[name]
