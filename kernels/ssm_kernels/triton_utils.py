@@ -109,15 +109,15 @@ def scalar_row(p, N: tl.constexpr, PACK: tl.constexpr):
         p_word = p.to(tl.pointer_type(word))
         for i in tl.static_range(N // PACK):
             packed = tl.load(p_word + i)
-            for j in tl.static_range(PACK):
-                x = packed >> (j * bits)
+            for half in tl.static_range(PACK * bits // 32):
+                x = (packed >> (32 * half)).to(tl.int32)
                 if bits == 32:
-                    value = x.to(tl.int32).to(tl.float32, bitcast=True)
-                elif dtype == tl.bfloat16:
-                    value = (x.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+                    row = row + (x.to(tl.float32, bitcast=True),)
+                elif dtype == tl.bfloat16:  # the upper half of a float32
+                    row = row + ((x << 16).to(tl.float32, bitcast=True), (x & -65536).to(tl.float32, bitcast=True))
                 else:
-                    value = x.to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
-                row = row + (value,)
+                    low = x.to(tl.int16).to(dtype, bitcast=True)
+                    row = row + (low.to(tl.float32), (x >> 16).to(tl.int16).to(dtype, bitcast=True).to(tl.float32))
     return row
 
 
