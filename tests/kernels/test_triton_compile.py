@@ -1,0 +1,244 @@
+"""Every Triton kernel compiled for GPUs that are not here: registers, spills, and what the inner loops are made of.
+
+The host functions run on CPU tensors with a driver that only names its target, and launches stop after compiling, so
+arguments are specialised as on a device. Register tables are printed (pytest -s, or the report of a failure).
+"""
+
+# K directions, B batch, L tokens, D channels, N state size
+
+import os
+import re
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+triton = pytest.importorskip('triton')
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.runtime.driver import driver  # noqa: E402
+
+from ssm_kernels.selective_scan import gpu  # noqa: E402
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get('TRITON_INTERPRET') == '1', reason='interpreted kernels cannot be compiled in the same process'
+)
+TOOLS = Path(triton.__file__).parent / 'backends' / 'nvidia' / 'bin'
+TARGETS = {
+    'sm_80': GPUTarget('cuda', 80, 32),
+    'sm_90': GPUTarget('cuda', 90, 32),
+    'sm_100': GPUTarget('cuda', 100, 32),
+    'gfx942': GPUTarget('hip', 'gfx942', 64),
+}
+
+
+class NamesItsTarget:
+    def __init__(self, target):
+        self.target = target
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+
+@dataclass(frozen=True)
+class Loop:
+    """Instructions of an innermost loop, by what they start with."""
+
+    lines: tuple[str, ...]
+
+    def count(self, *names: str) -> int:
+        return sum(line.startswith(names) for line in self.lines)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    kernel: str
+    registers: int
+    spilled: int  # bytes of stack, or spilled vector registers on AMD
+    loops: tuple[Loop, ...]
+
+
+def read_cubin(kernel: str, cubin: bytes, folder: Path) -> Compiled:
+    path = folder / 'kernel.cubin'
+    path.write_bytes(cubin)
+
+    def tool(*command: str) -> str:
+        return subprocess.run(
+            [TOOLS / command[0], *command[1:], path], capture_output=True, text=True, check=True
+        ).stdout
+
+    use = tool('cuobjdump', '-res-usage')
+    registers, stack, local = (int(re.search(rf'{name}:(\d+)', use)[1]) for name in ('REG', 'STACK', 'LOCAL'))
+    lines, labels, jumps = [], {}, []
+    for line in tool('nvdisasm', '-c').splitlines():
+        if label := re.match(r'\s*(\.L_x_\d+):', line):
+            labels[label[1]] = len(lines)
+        elif code := re.search(r'/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+ )?\s*(.*?)\s*;', line):
+            if target := re.match(r'BRA.*?`\((\.L_x_\d+)\)', code[1]):
+                jumps.append((target[1], len(lines)))
+            lines.append(code[1])
+    spans = [(labels[name], end) for name, end in jumps if labels.get(name, end) < end]
+    inner = [a for a in spans if not any(b != a and b[0] >= a[0] and b[1] <= a[1] for b in spans)]
+    spilled = stack + local + sum(line.startswith(('STL', 'LDL')) for line in lines)
+    return Compiled(kernel, registers, spilled, tuple(Loop(tuple(lines[a : b + 1])) for a, b in inner))
+
+
+def read_amdgcn(kernel: str, text: str) -> Compiled:
+    keys = ('vgpr_count', 'vgpr_spill_count', 'private_segment_fixed_size')
+    registers, spilled, private = (int(re.search(rf'\.{key}:\s*(\d+)', text)[1]) for key in keys)
+    return Compiled(kernel, registers, spilled + private, ())
+
+
+@pytest.fixture
+def compile_launches(monkeypatch, tmp_path):
+    """Runs a host function for a target and returns what its launches would run, in order."""
+    monkeypatch.setenv('TRITON_CACHE_DIR', str(tmp_path / 'cache'))
+
+    def compile_launches(target: str, host, *args) -> list[Compiled]:
+        monkeypatch.setattr(driver, '_active', NamesItsTarget(TARGETS[target]))
+        monkeypatch.setattr(gpu, 'fast_math', lambda x: target.startswith('sm'))
+        monkeypatch.setattr(torch.version, 'hip', None if target.startswith('sm') else 'named by a test')
+        found, real = [], triton.runtime.jit.JITFunction.run
+
+        def stop_after_compiling(self, *args, grid, warmup, **kwargs):
+            self.device_caches.clear()
+            kernel = real(self, *args, grid=grid, warmup=True, **kwargs)
+            self.device_caches.clear()
+            name = self.fn.__name__
+            if 'cubin' in kernel.asm:
+                found.append(read_cubin(name, kernel.asm['cubin'], tmp_path))
+            else:
+                found.append(read_amdgcn(name, kernel.asm['amdgcn']))
+            print(f'{target} {name}: {found[-1].registers} registers, {found[-1].spilled} spilled')
+            for loop in found[-1].loops:
+                counts = {n: loop.count(n) for n in ('MUFU', 'LDG', 'STG', 'SHFL', 'BAR', 'LDS', 'STS')}
+                print(f'    loop of {len(loop.lines)} instructions:', *(f'{c} {n}' for n, c in counts.items()))
+            return kernel
+
+        with monkeypatch.context() as patch:
+            patch.setattr(triton.runtime.jit.JITFunction, 'run', stop_after_compiling)
+            host(*args)
+        return found
+
+    return compile_launches
+
+
+def inputs(K, N, dtype=torch.bfloat16, L=128, D=384, batch=1, constant=False):
+    """Tensors as the Vim block has them: B and C are slices of a projection, z is one half of another."""
+    row = torch.zeros(K, batch, L, 12 + 2 * N, dtype=dtype)
+    B, C = (x.unsqueeze(3) for x in row[..., 12:].split(N, -1))
+    if constant:
+        B, C = torch.zeros(2, K, D, N)
+    u, dt = torch.zeros(2, K, batch, L, D, dtype=dtype)
+    z = torch.zeros(batch, L, 2 * D, dtype=dtype)[..., D:]
+    return u, dt, torch.zeros(K, D, N), B, C, torch.zeros(K, D), z, torch.zeros(K, D)
+
+
+def forward(x, save=True):
+    gpu._forward(*x, True, False, 1.0, save)
+
+
+def backward(x):
+    K, batch, L, D = x[0].shape
+    states = torch.zeros(K, batch, -(-L // gpu.BLOCK), *x[2].shape[1:])
+    gpu._backward(torch.zeros_like(x[0][0]), None, *x, states, True, False, 1.0)
+
+
+# (target, K, N, dtype); rows that compile for more than a few seconds are slow
+FORWARD = [
+    ('sm_90', 2, 16, torch.bfloat16),
+    ('sm_80', 1, 8, torch.bfloat16),
+    ('sm_100', 1, 8, torch.float16),
+    ('gfx942', 1, 8, torch.bfloat16),
+    *(
+        pytest.param(*row, marks=pytest.mark.slow)
+        for row in [
+            *((target, 2, n, torch.bfloat16) for target in ('sm_80', 'sm_100', 'gfx942') for n in (8, 16)),
+            ('sm_90', 2, 8, torch.float16),
+            ('sm_90', 2, 16, torch.float32),
+            ('sm_80', 2, 16, torch.float32),
+            ('sm_90', 1, 5, torch.bfloat16),
+            ('sm_90', 1, 32, torch.bfloat16),
+            ('sm_90', 1, 64, torch.bfloat16),
+            ('sm_80', 1, 64, torch.float32),
+        ]
+    ),
+]
+
+
+@pytest.mark.parametrize(('target', 'K', 'N', 'dtype'), FORWARD, ids=str)
+def test_forward_in_chunks(target, K, N, dtype, compile_launches):
+    found = compile_launches(target, forward, inputs(K, N, dtype))
+    assert [c.kernel for c in found] == ['chunk_state_kernel', 'pass_state_kernel', 'scan_forward_kernel']
+    check_forward(found, target, K, N, most=112 if N <= 16 else 255)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('N', [8, 16])
+@pytest.mark.parametrize('target', ['sm_80', 'sm_90', 'sm_100'])
+def test_forward_in_one_pass_with_two_channels_to_a_lane(target, N, compile_launches):
+    found = compile_launches(target, forward, inputs(2, N, L=8, batch=200), False)
+    assert [c.kernel for c in found] == ['scan_forward_kernel']
+    check_forward(found, target, 2, N, most=168, lanes=2)
+
+
+def check_forward(found, target, K, N, most, lanes=1):
+    for c in found:
+        assert c.spilled == 0, c.kernel
+        if target.startswith('sm'):
+            assert c.registers <= most, (c.kernel, c.registers)
+    if not target.startswith('sm'):
+        assert all(c.registers <= 256 for c in found)  # two wavefronts on a SIMD
+        return
+    for c in found:
+        loops = [loop for loop in c.loops if loop.count('MUFU')]
+        assert loops, c.kernel
+        for loop in loops:
+            assert loop.count('SHFL', 'BAR', 'LDS', 'STS', 'WARPSYNC') == 0, c.kernel
+        if c.kernel == 'scan_forward_kernel':
+            # exp2 of N decays and of softplus; the last direction also has the gate's, with a reciprocal
+            unroll = 1 if N > 16 else 2 if lanes == 2 else 4
+            steps = sorted({unroll, 1}) * K
+            gated = [1] * (len(steps) // K) + [0] * (len(steps) - len(steps) // K)
+            allowed = sorted(s * lanes * (N + 1 + 2 * g) for s, g in zip(steps, gated, strict=True))
+            assert sorted(loop.count('MUFU') for loop in loops) == allowed
+
+
+BACKWARD = [
+    ('sm_90', 2, 16, torch.bfloat16, False),
+    ('sm_90', 1, 8, torch.bfloat16, False),
+    ('sm_80', 2, 16, torch.bfloat16, False),
+    ('sm_100', 2, 16, torch.bfloat16, False),
+    ('gfx942', 2, 16, torch.bfloat16, False),
+    *(
+        pytest.param(*row, marks=pytest.mark.slow)
+        for row in [
+            *((target, 2, 8, torch.bfloat16, False) for target in TARGETS),
+            *((target, 2, 16, torch.float32, False) for target in TARGETS),
+            *((target, 1, n, torch.bfloat16, False) for target in ('sm_80', 'sm_90') for n in (5, 32, 64)),
+            *((target, 1, n, torch.float32, True) for target in ('sm_80', 'sm_90') for n in (16, 64)),
+        ]
+    ),
+]
+
+
+@pytest.mark.parametrize(('target', 'K', 'N', 'dtype', 'constant'), BACKWARD, ids=str)
+def test_backward(target, K, N, dtype, constant, compile_launches):
+    (found,) = compile_launches(target, backward, inputs(K, N, dtype, L=64, constant=constant))
+    assert found.kernel == 'scan_backward_kernel'
+    assert found.spilled == 0 and found.registers <= (255 if target.startswith('sm') else 256)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('target', list(TARGETS))
+def test_backward_in_chunks(target, compile_launches):
+    found = compile_launches(target, backward, inputs(2, 16))
+    assert [c.kernel for c in found] == ['chunk_state_kernel', 'pass_state_kernel', 'scan_backward_kernel']
+    assert all(c.spilled == 0 for c in found)
