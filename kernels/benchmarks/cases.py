@@ -1,4 +1,4 @@
-"""Cases of the selective scan, shared by tests/kernels and the benchmarks: what runs, on what, and how close it must be."""
+"""Cases of the selective scan, shared by tests/kernels and the benchmarks, and how close a backend must come."""
 
 # K directions, B batch, L tokens, D channels, N state size, G groups of channels
 

@@ -180,6 +180,13 @@ def selective_scan_fn(
     return (y, state) if return_last_state else y
 
 
+def _autocast_dtype(u: Tensor) -> torch.dtype | None:
+    """What autocast makes of activations like u; None where it leaves them alone."""
+    if u.is_meta or u.dtype == torch.float64 or not torch.is_autocast_enabled(u.device.type):
+        return None
+    return torch.get_autocast_dtype(u.device.type)
+
+
 def _run(
     op: str,
     forced: str | None,
@@ -196,8 +203,8 @@ def _run(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Dispatches K stacked directions: one shape of call for every backend."""
-    if torch.is_autocast_enabled(u.device.type) and u.dtype != torch.float64:
-        low = torch.get_autocast_dtype(u.device.type)
+    low = _autocast_dtype(u)
+    if low is not None:
         u, dt = u.to(low), dt.to(low)
         B, C = (x if x.dim() == 3 else x.to(low) for x in (B, C))
         z = None if z is None else z.to(low)
@@ -239,7 +246,7 @@ def _check(
         if x.dtype not in DTYPES:
             fail(name, f'has dtype {x.dtype}; legal are {", ".join(map(str, DTYPES))}')
         legal = (u.dtype,) if token_wise or u.dtype == torch.float64 else (u.dtype, torch.float32)
-        if torch.is_autocast_enabled(u.device.type) and u.dtype != torch.float64:
+        if _autocast_dtype(u) is not None:
             legal = DTYPES[:3]
         if x.dtype not in legal:
             wanted = ' or '.join(dict.fromkeys(map(str, legal)))

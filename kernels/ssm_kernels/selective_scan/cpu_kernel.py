@@ -10,7 +10,7 @@ rounding trick in ``exp2`` is not undone by fast-math flags. Everything is one f
 does not notice edits in another one.
 """
 
-# K directions (1 or 2), B batch, L tokens, D channels, N state size, G groups of channels, DG = D / G, CH steps of a chunk
+# K directions (1 or 2), B batch, L tokens, D channels, N state size, G groups of DG = D / G channels, CH steps a chunk
 
 from __future__ import annotations
 
@@ -429,7 +429,7 @@ def scan_rows_any(rows, T, N, p_A, p_h, p_B, s_B, p_C, s_C, p_wb, p_wc, const_b,
 
 @_function
 def finish_rows(a, rows, T, first, last, p_u, s_u, p_out, s_out, p_z, s_z, v_skip, m, spare):
-    """Adds D * u (last, for its size would cost the small terms their digits) and the earlier direction's result, and after the last direction gates and scales."""
+    """Adds D * u (last: its size would cost the small terms their digits) and the earlier direction; gates, scales."""
     v_scale = splat(a.scale)
     for _ in range(T):
         v_y = fma(v_skip, load_row(p_u, m, spare), load(rows + O_Y))

@@ -1,4 +1,4 @@
-"""The selective scan in plain PyTorch: any device, any floating dtype, differentiable; what all other backends must equal.
+"""The selective scan in plain PyTorch, on any device and in any floating dtype: what the other backends must equal.
 
 Source: Mamba, arXiv 2312.00752, equation 2 and algorithm 2.
 """
@@ -43,7 +43,7 @@ def selective_scan_reference(
     """
     dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
     wide = [None if x is None else x.to(dtype) for x in (u, dt, A, B, C, D, dt_bias)]
-    with torch.autocast(u.device.type, enabled=False):
+    with torch.autocast('cpu' if u.is_meta else u.device.type, enabled=False):  # autocast does not know meta
         ys, states = [], []
         for k in range(u.shape[0]):
             args = [None if x is None else x[k] for x in wide]
