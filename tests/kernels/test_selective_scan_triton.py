@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -359,3 +360,16 @@ def test_chunk_plan():
             for fixed in (0, 64):
                 block, per_chunk = gpu.plan_chunks(length, programs, fixed)
                 assert block >= 1 and per_chunk >= 1 and (block == fixed or not fixed)
+
+
+def test_the_table_answers_with_reasons(monkeypatch):
+    def why_not(device, dtype, n):
+        return scan_module._triton_why_not(SimpleNamespace(device=torch.device(device), dtype=dtype), n)
+
+    assert why_not('cuda', torch.bfloat16, 64) is None and why_not('xpu', torch.float32, 1) is None
+    assert 'tensors are on cpu' in why_not('cpu', torch.float32, 16)
+    assert 'float64' in why_not('cuda', torch.float64, 16)
+    assert 'state size is 65' in why_not('cuda', torch.float32, 65)
+    monkeypatch.setattr(scan_module, 'missing_package', lambda name: name == 'triton')
+    assert 'pip install triton' in why_not('cuda', torch.float32, 16)
+    assert scan_module._load_triton() is gpu.selective_scan_triton

@@ -22,11 +22,19 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 def _triton_why_not(u: Tensor, n: int) -> str | None:
     if u.device.type not in ('cuda', 'xpu'):
         return f'tensors are on {u.device.type}; Triton needs cuda, hip or xpu'
-    return 'this version has no Triton selective scan'
+    if u.dtype == torch.float64:
+        return 'the kernel computes in float32, the tensors are float64'
+    if n > 64:
+        return f'the state size is {n}; the kernel takes up to 64'
+    if missing_package('triton'):
+        return 'triton is not installed (pip install triton)'
+    return None
 
 
 def _load_triton() -> Callable:
-    raise RuntimeError('this version has no Triton selective scan')
+    from .gpu import selective_scan_triton
+
+    return selective_scan_triton
 
 
 def _numba_why_not(u: Tensor, n: int) -> str | None:

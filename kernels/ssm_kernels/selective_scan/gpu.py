@@ -12,7 +12,6 @@ from ..triton_utils import empty, fast_math, on_device, widest_pack
 from .gpu_backward import scan_backward_kernel
 from .gpu_forward import RowStrides, Shape, chunk_state_kernel, pass_state_kernel, scan_forward_kernel
 
-MAX_STATE_SIZE = 64
 BLOCK = 64  # tokens between two states kept for the backward pass
 MAX_REGISTERS = {32: 112, 64: 168}
 BACKWARD_STEPS = 2  # states that the backward kernel holds in registers
