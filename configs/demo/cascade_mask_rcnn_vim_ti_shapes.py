@@ -7,7 +7,9 @@ _base_ = [
 
 width, channels = 96, 64
 strides = [8, 16, 32]
-roi_extractor = dict(out_channels=channels, featmap_strides=strides[:2], finest_scale=32)
+roi_extractor = dict(
+    out_channels=channels, featmap_strides=strides[:2], finest_scale=48, roi_layer=dict(sampling_ratio=1)
+)
 model = dict(
     backbone=dict(
         arch=dict(_delete_=True, embed_dims=width, depth=4),
@@ -16,7 +18,7 @@ model = dict(
         drop_path_rate=0.0,
     ),
     neck=dict(in_channels=width, out_channels=channels, scales=(1, 0.5), num_outs=3),
-    rpn_head=dict(in_channels=channels, feat_channels=channels, anchor_generator=dict(scales=[3], strides=strides)),
+    rpn_head=dict(in_channels=channels, feat_channels=channels, anchor_generator=dict(scales=[4], strides=strides)),
     roi_head=dict(
         num_classes=4,
         bbox_roi_extractor=roi_extractor,
@@ -27,7 +29,7 @@ model = dict(
     train_cfg=dict(
         rpn=dict(sampler=dict(num=64)),
         rpn_proposal=dict(nms_pre=500, max_per_img=200),
-        rcnn=dict(sampler=dict(num=32)),
+        rcnn=dict(sampler=dict(num=24)),
     ),
     test_cfg=dict(rpn=dict(nms_pre=500, max_per_img=100)),
 )

@@ -23,14 +23,15 @@ SPLITS = ('train', 'val')
 RECIPE = 'recipe.json'
 _VERSION = 1
 _MIN_VISIBLE = 0.5
+_MIN_CONTRAST = 80.0  # distance of two colours, of 8 bits each
 
 
 def shapes_recipe(
     num_train: int = 400,
     num_val: int = 80,
     image_size: tuple[int, int] = (128, 128),
-    max_shapes: int = 5,
-    size_range: tuple[int, int] = (20, 72),
+    max_shapes: int = 4,
+    size_range: tuple[int, int] = (28, 84),
     seed: int = 0,
 ) -> dict:
     """Everything that decides the bytes of a generated data set, checked.
@@ -194,7 +195,7 @@ def draw_image(
             if mask.sum() >= 40 and all(
                 left.sum() >= _MIN_VISIBLE * full.sum() for left, full in zip(covered, whole, strict=True)
             ):
-                image[mask] = _fill(rng, height, width)[mask]
+                image[mask] = _fill(rng, height, width, image[mask].mean(0))[mask]
                 labels.append(label)
                 whole.append(mask)
                 masks = [*covered, mask]
@@ -226,12 +227,15 @@ def _background(rng: np.random.Generator, height: int, width: int) -> np.ndarray
     return _grain(rng, image)
 
 
-def _fill(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """A colour that changes slowly along a random direction, with grain."""
+def _fill(rng: np.random.Generator, height: int, width: int, behind: np.ndarray) -> np.ndarray:
+    """A colour unlike that behind it, which changes slowly along a random direction, with grain."""
     yy, xx = _pixel_centres(height, width)
     angle = rng.uniform(0, 2 * np.pi)
     ramp = (xx / width * np.cos(angle) + yy / height * np.sin(angle))[..., None]
-    return _grain(rng, _colour(rng) + ramp * rng.uniform(-40, 40, 3))
+    colour = _colour(rng)
+    while np.linalg.norm(colour - behind) < _MIN_CONTRAST:
+        colour = _colour(rng)
+    return _grain(rng, colour + ramp * rng.uniform(-40, 40, 3))
 
 
 def _grain(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
@@ -294,8 +298,8 @@ def main() -> None:
     parser.add_argument('--num-train', type=int, default=400)
     parser.add_argument('--num-val', type=int, default=80)
     parser.add_argument('--image-size', type=int, nargs=2, default=(128, 128), metavar=('HEIGHT', 'WIDTH'))
-    parser.add_argument('--max-shapes', type=int, default=5)
-    parser.add_argument('--size-range', type=int, nargs=2, default=(20, 72), metavar=('LOW', 'HIGH'))
+    parser.add_argument('--max-shapes', type=int, default=4)
+    parser.add_argument('--size-range', type=int, nargs=2, default=(28, 84), metavar=('LOW', 'HIGH'))
     parser.add_argument('--seed', type=int, default=0)
     settings = vars(parser.parse_args())
     try:

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from mmvim import cli
+
 
 def lines(output, start):
     return [line for line in output.splitlines() if start in line]
@@ -71,22 +73,44 @@ def test_testing_gives_the_numbers_of_the_training_run_pictures_and_predictions(
     assert predictions[0]['pred_instances']['bboxes'].shape[1] == 4
 
 
-def test_test_time_augmentation_runs_with_masks(run_tool, trained):
-    finished = run_tool('test', 'tiny.py', 'work/iter_4.pth', '--work-dir', 'tta', '--tta', cwd=trained[0])
-    assert finished.returncode == 0, finished.stderr
-    assert {'coco/bbox_mAP_50', 'coco/segm_mAP_50'} <= set(metrics(finished.stdout))
+@pytest.fixture
+def run_here(trained, monkeypatch, capfd):
+    """Run a tool in this process, in the folder of the tiny config; returns what it prints."""
+    monkeypatch.chdir(trained[0])
+
+    def run(tool, *arguments):
+        parser = cli.train_parser() if tool == 'train' else cli.test_parser()
+        cli.run(cli.train if tool == 'train' else cli.test, parser.parse_args(arguments))
+        return capfd.readouterr().out
+
+    return run
+
+
+def test_test_time_augmentation_runs_with_masks(run_here):
+    output = run_here('test', 'tiny.py', 'work/iter_4.pth', '--work-dir', 'tta', '--tta')
+    assert {'coco/bbox_mAP_50', 'coco/segm_mAP_50'} <= set(metrics(output))
 
 
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
-def test_mixed_precision_trains_on_a_cpu(run_tool, trained, dtype):
-    arguments = ('--work-dir', dtype, '--device', 'cpu', '--amp', '--amp-dtype', dtype)
+def test_mixed_precision_trains_on_a_cpu(run_here, dtype):
     options = ('--cfg-options', 'max_iters=2', 'val_cfg=None', 'val_dataloader=None', 'val_evaluator=None')
-    finished = run_tool('train', 'tiny.py', *arguments, *options, cwd=trained[0])
-    assert finished.returncode == 0, finished.stderr
-    assert len(lines(finished.stdout, 'Iter(train) [')) == 2
-    assert 'nan' not in ''.join(lines(finished.stdout, 'Iter(train) ['))
+    output = run_here('train', 'tiny.py', '--work-dir', dtype, '--amp', '--amp-dtype', dtype, *options)
+    steps = lines(output, 'Iter(train) [')
+    assert len(steps) == 2
+    assert 'nan' not in ''.join(steps)
+    state = torch.load(f'{dtype}/iter_2.pth', weights_only=False)['optimizer']['loss_scaler']
+    assert bool(state) == (dtype == 'float16')
 
 
+def test_a_run_can_start_from_a_checkpoint_with_other_heads(run_here):
+    more = ('load_from=work/iter_4.pth', 'model.roi_head.bbox_head.fc_out_channels=8')
+    output = run_here('train', 'tiny.py', '--work-dir', 'tuned', '--cfg-options', 'max_iters=2', *more)
+    (warning,) = lines(output, 'WARNING - checkpoint: ')
+    assert 'of another shape' in warning and 'fc_cls' in warning
+    assert len(lines(output, 'Iter(train) [')) == 2
+
+
+@pytest.mark.slow
 def test_two_processes_on_a_cpu_train_together(run_tool, trained):
     arguments = ('--launcher', 'pytorch', '--device', 'cpu', '--work-dir', 'two', '--cfg-options', 'max_iters=2')
     finished = run_tool('train', 'tiny.py', *arguments, cwd=trained[0], processes=2)
