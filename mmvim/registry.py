@@ -38,6 +38,7 @@ DETECTION_PARTS = {
     'ShapesDataset': 'mmvim.datasets.coco',
     'Resize': 'mmvim.datasets.detection_transforms',
     'CocoFolderMetric': 'mmvim.evaluation.coco_metric',
+    'EnlargingDetVisualizer': 'mmvim.visualization.enlarging',
 }
 
 

@@ -7,5 +7,5 @@ default_hooks = dict(
     visualization=dict(type='DetVisualizationHook'),
 )
 log_processor = dict(type='LogProcessor', by_epoch=False)
-visualizer = dict(type='DetLocalVisualizer', vis_backends=[dict(type='LocalVisBackend')], name='visualizer')
+visualizer = dict(type='mmvim.EnlargingDetVisualizer', vis_backends=[dict(type='LocalVisBackend')], name='visualizer')
 env_cfg = dict(mp_cfg=dict(mp_start_method='fork', opencv_num_threads=0), dist_cfg=dict(backend='nccl'))
