@@ -13,7 +13,7 @@ from .gpu_backward import scan_backward_kernel
 from .gpu_forward import RowStrides, Shape, chunk_state_kernel, pass_state_kernel, scan_forward_kernel
 
 BLOCK = 64  # tokens between two states kept for the backward pass
-MAX_REGISTERS = {32: 112, 64: 168}
+MAX_REGISTERS = {32: 128, 64: 168}
 BACKWARD_STEPS = 2  # states that the backward kernel holds in registers
 MIN_CHUNK = 32
 SINGLE_PASS_PROGRAMS = (
