@@ -369,7 +369,7 @@ def explain(error: Exception) -> str | None:
         # A data loader's worker puts the whole stack trace into the message.
         return text.rstrip().rsplit(f'{type(error).__name__}: ', 1)[-1] if 'Traceback' in text else text
     if isinstance(error, FileExistsError | FileNotFoundError | PermissionError | IsADirectoryError):
-        return f"{error.strerror}: '{error.filename}'" if error.filename else text
+        return f"{error.strerror}: '{error.filename}'; check the paths in the config" if error.filename else text
     if type(error).__name__ == 'OutOfMemoryError':
         return 'out of GPU memory: lower train_dataloader.batch_size, set model.backbone.with_cp=True, or use --amp'
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if 'build_functions' in frame.filename]

@@ -1,11 +1,13 @@
 """What a config leaves open because it follows from the data: paths of a COCO folder and the number of classes."""
 
+import inspect
 import os
 
 from mmengine.config import ConfigDict
+from mmengine.registry import DATASETS
 
 from mmvim.datasets.annotations import read_class_names
-from mmvim.errors import ConfigError
+from mmvim.errors import ConfigError, DataError
 
 LOADERS = dict(train_dataloader='train', val_dataloader='val', test_dataloader='test')
 LONGEST = (1333, 800)  # longest and shortest side of MMDetection's usual frame
@@ -54,6 +56,23 @@ def dataset_of(loader: dict | None) -> dict:
     while isinstance(dataset.get('dataset'), dict):
         dataset = dataset['dataset']
     return dataset
+
+
+def check_data_root(dataset: dict) -> None:
+    """Refuse a data set whose folder is missing, unless it makes or downloads it itself.
+
+    Raises:
+        DataError: naming the folder.
+    """
+    root = dataset.get('data_root')
+    if not root or '://' in str(root) or os.path.isdir(root) or _kind(dataset) == 'ShapesDataset':
+        return
+    known = DATASETS.get(dataset['type']) if isinstance(dataset.get('type'), str) else dataset.get('type')
+    if known is None or 'download' not in inspect.signature(known).parameters:
+        raise DataError(
+            f"data folder '{root}' of {_kind(dataset)} does not exist: put the data there, or name another folder "
+            'with --cfg-options train_dataloader.dataset.data_root=... (likewise val_dataloader and test_dataloader)'
+        )
 
 
 def _kind(cfg: dict) -> str:

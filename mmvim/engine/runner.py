@@ -11,7 +11,7 @@ from mmengine.runner import Runner as _Runner
 from torch import nn
 
 import mmvim.checkpoints  # noqa: F401  (reads checkpoints without running code from them)
-from mmvim.engine.complete import complete_config
+from mmvim.engine.complete import check_data_root, complete_config, dataset_of
 from mmvim.errors import ConfigError
 from mmvim.registry import RUNNERS
 
@@ -60,6 +60,17 @@ class Runner(_Runner):
         super().register_hooks(default_hooks, custom_hooks)
         for check in CHECKS:
             self.register_hook(dict(type=f'mmvim.{check}'))
+
+    @staticmethod
+    def build_dataloader(dataloader, *args, **kwargs):
+        """Build a data loader.
+
+        Raises:
+            DataError: if the folder of its data set does not exist.
+        """
+        if isinstance(dataloader, dict):
+            check_data_root(dataset_of(dataloader))
+        return _Runner.build_dataloader(dataloader, *args, **kwargs)
 
     def test(self) -> dict:
         """Test; returns the metrics by name."""

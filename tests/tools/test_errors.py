@@ -120,6 +120,13 @@ def test_coco_folder_files(fails, coco_folder):
     assert "train.json' names no classes" in error()
 
 
+def test_missing_coco(fails):
+    error = fails('train', 'vim/cascade_mask_rcnn_vim_ti_coco.py', '--work-dir', 'new')
+    assert "data folder 'data/coco/' of CocoDataset does not exist" in error
+    error = fails('train', 'vim/cascade_mask_rcnn_vim_ti_coco.py', '--work-dir', 'new', '--cfg-options', 'data_root=x')
+    assert 'set train_dataloader.dataset.data_root and val_dataloader.dataset.data_root and ' in error
+
+
 def test_checkpoints(fails, tiny_folder):
     torch.save(dict(state_dict=dict(weight=torch.zeros(3))), tiny_folder / 'other.pth')
     (tiny_folder / 'text.pth').write_text('hello')
