@@ -475,14 +475,14 @@ def python(code: str, **environment: str) -> str:
 @pytest.fixture(scope='module')
 def compiled():
     for name in ('forward', 'backward'):
-        cpu._worker_address(name)
+        cpu._worker(name)
 
 
 def test_a_second_process_loads_compiled_code_from_disk(compiled):
     code = (
         'from ssm_kernels.selective_scan import cpu\n'
         'for name in ("forward", "backward"):\n'
-        '    cpu._worker_address(name); print(cpu._workers[name][0].cache_hits)\n'
+        '    cpu._worker(name); print(cpu._workers[name][0].cache_hits)\n'
     )
     assert python(code).split() == ['1', '1']
 

@@ -238,30 +238,29 @@ def _check(
     dt_name, bias_name, tokens_of_u = 'dt', 'dt_bias', '(B, L, D)'
     if channels_first:
         dt_name, bias_name, tokens_of_u = 'delta', 'delta_bias', '(B, D, L)'
-    named = {'u': u, dt_name: dt, 'A': A, 'B': B, 'C': C, 'D': D, 'z': z, bias_name: dt_bias}
 
     def fail(name: str, problem: str) -> None:
         raise ValueError(f'{op}: {name} {problem}')
 
-    for name, x in named.items():
+    def shape_of(x: Tensor) -> str:
+        return str(tuple(x.shape))
+
+    any_float = isinstance(u, Tensor) and _autocast_dtype(u) is not None
+    for name, x in (('u', u), (dt_name, dt), ('A', A), ('B', B), ('C', C), ('D', D), ('z', z), (bias_name, dt_bias)):
         if x is None and name in ('D', 'z', bias_name):
             continue
         if not isinstance(x, Tensor):
             fail(name, f'must be a tensor, got {type(x).__name__}')
         if x.device != u.device:
             fail(name, f'is on {x.device}, u is on {u.device}; all tensors must be on one device')
-        token_wise = name in ('u', dt_name, 'z') or (name in ('B', 'C') and x.dim() > 2 + len(lead))
         if x.dtype not in DTYPES:
             fail(name, f'has dtype {x.dtype}; legal are {", ".join(map(str, DTYPES))}')
-        legal = (u.dtype,) if token_wise or u.dtype == torch.float64 else (u.dtype, torch.float32)
-        if _autocast_dtype(u) is not None:
-            legal = DTYPES[:3]
-        if x.dtype not in legal:
-            wanted = ' or '.join(dict.fromkeys(map(str, legal)))
+        if x.dtype == u.dtype or (any_float and x.dtype != torch.float64):
+            continue
+        token_wise = name in (dt_name, 'z') or (name in ('B', 'C') and x.dim() > 2 + len(lead))
+        if token_wise or u.dtype == torch.float64 or x.dtype != torch.float32:
+            wanted = str(u.dtype) if token_wise else ' or '.join(dict.fromkeys((str(u.dtype), 'torch.float32')))
             fail(name, f'has dtype {x.dtype}, u has {u.dtype}; {name} must be {wanted}')
-
-    def shape_of(x: Tensor) -> str:
-        return str(tuple(x.shape))
 
     K = ''.join(f'{size}, ' for size in lead)
     if u.dim() != 3 + len(lead) or u.shape[: len(lead)] != lead:
@@ -285,17 +284,15 @@ def _check(
             fail(name, f'has shape {shape_of(x)}, must be {(*lead, dim)} for u of shape {shape_of(u)}')
     groups = {}
     for name, x in (('B', B), ('C', C)):
-        if channels_first:
-            legal = f'({dim}, {n}), ({batch}, {n}, {length}) or ({batch}, G, {n}, {length})'
-        else:
-            tail = f'{K}{batch}, {length}'
-            legal = f'({K}{dim}, {n}), ({tail}, {n}) or ({tail}, G, {n})'
         fits = {
             2: (*lead, dim, n),
             3: (*lead, batch, n, length) if channels_first else (*lead, batch, length, n),
             4: (*lead, batch, -1, n, length) if channels_first else (*lead, batch, length, -1, n),
         }.get(x.dim() - len(lead), ())
         if len(fits) != x.dim() or any(want not in (-1, got) for want, got in zip(fits, x.shape, strict=True)):
+            tail = f'{K}{batch}, {n}, {length}' if channels_first else f'{K}{batch}, {length}, {n}'
+            grouped = f'{K}{batch}, G, {n}, {length}' if channels_first else f'{K}{batch}, {length}, G, {n}'
+            legal = f'({K}{dim}, {n}), ({tail}) or ({grouped})'
             fail(name, f'has shape {shape_of(x)}, must be {legal} for u of shape {shape_of(u)} and A of {shape_of(A)}')
         if -1 in fits:
             groups[name] = x.shape[fits.index(-1)]

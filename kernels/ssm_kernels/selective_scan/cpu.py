@@ -12,19 +12,23 @@ from __future__ import annotations
 
 import ctypes
 import os
+import struct
 import threading
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from . import cpu_kernel
 
+SLAB = 6  # tiles that one forward task takes where there are enough tasks for all threads
+
 _compile_lock = threading.Lock()
-_workers: dict[str, tuple[object, int]] = {}
+_workers: dict[str, tuple[object, Callable]] = {}
+_WORKER_TYPE = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+_PACK = struct.Struct(f'{len(cpu_kernel.WORDS)}qd')  # cpu_kernel.PARAMS
 _forked = False
 
 
@@ -51,44 +55,43 @@ def _openmp() -> Callable | None:
             entry = ctypes.CDLL(str(path)).GOMP_parallel
         except (OSError, AttributeError):
             continue
-        entry.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+        entry.argtypes = [_WORKER_TYPE, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
         entry.restype = None
         return entry
     return None
 
 
-def _worker_address(name: str) -> int:
-    with _compile_lock:
-        if name not in _workers:
-            compiled = cpu_kernel.compile_worker(getattr(cpu_kernel, name))
-            _workers[name] = compiled, compiled.address
-        return _workers[name][1]
+def _worker(name: str) -> Callable:
+    """The compiled worker as a ctypes function, which gives the interpreter lock away while it runs."""
+    if name not in _workers:
+        with _compile_lock:
+            if name not in _workers:
+                compiled = cpu_kernel.compile_worker(getattr(cpu_kernel, name))
+                _workers[name] = compiled, _WORKER_TYPE(compiled.address)
+    return _workers[name][1]
 
 
 def _run(name: str, scratch_bytes: int, n_tasks: int, fields: dict[str, int | float]) -> None:
     """Runs the worker on up to torch.get_num_threads() threads; they share out the tasks themselves."""
-    address = _worker_address(name)
+    worker = _worker(name)
     threads = max(1, min(torch.get_num_threads(), n_tasks))
     stride = (scratch_bytes + 127) // 64 * 64
     scratch = _empty(threads * stride // 4 + 16)
-    counters = np.zeros(2, np.int64)
-    params = np.zeros(1, cpu_kernel.PARAMS)
-    record = params[0]
-    for key, value in fields.items():
-        record[key] = value
-    record['counters'], record['n_tasks'] = counters.ctypes.data, n_tasks
-    record['scratch'], record['scratch_bytes'] = (scratch.data_ptr() + 63) // 64 * 64, stride
-    worker = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)
+    fields |= {'n_tasks': n_tasks, 'scratch': (scratch.data_ptr() + 63) // 64 * 64, 'scratch_bytes': stride}
+    block = ctypes.create_string_buffer(
+        _PACK.pack(*[fields.get(word, 0) for word in cpu_kernel.WORDS], fields['scale']), _PACK.size
+    )
+    params = ctypes.addressof(block)
     parallel = None if _forked else _openmp()
     if threads == 1:
-        worker(params.ctypes.data)
+        worker(params)
     elif parallel is not None:
-        parallel(address, params.ctypes.data, threads, 0)
+        parallel(worker, params, threads, 0)
     else:
-        others = [threading.Thread(target=worker, args=(params.ctypes.data,)) for _ in range(threads - 1)]
+        others = [threading.Thread(target=worker, args=(params,)) for _ in range(threads - 1)]
         for thread in others:
             thread.start()
-        worker(params.ctypes.data)
+        worker(params)
         for thread in others:
             thread.join()
 
@@ -97,12 +100,12 @@ def _rows(x: Tensor | None) -> Tensor | None:
     """float32 with neighbouring channels (or states) next to each other; other strides are free."""
     if x is None:
         return None
-    x = x.detach().float()
+    x = x if x.dtype == torch.float32 else x.float()
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def _whole(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.detach().float().contiguous()
+    return None if x is None else x.to(torch.float32).contiguous()
 
 
 def _address(x: Tensor | None) -> int:
@@ -123,20 +126,22 @@ class _Inputs:
         B = _whole(B) if self.const_b else _rows(B)
         C = _whole(C) if self.const_c else _rows(C)
         self.tensors = u, dt, z, A, B, C, D, dt_bias
-        self.fields = dict(
-            K=self.K, B=self.B, L=self.L, D=self.D, N=self.N, G=self.G, chunks=self.chunks,
-            reverse=reverse, softplus=dt_softplus, const_b=self.const_b, const_c=self.const_c, scale=scale,
-            A=_address(A), skip=_address(D), bias=_address(dt_bias),
-            u=_address(u), dt=_address(dt), z=_address(z), Bq=_address(B), Cq=_address(C),
-        )  # fmt: skip
+        self.fields = fields = {
+            'K': self.K, 'B': self.B, 'L': self.L, 'D': self.D, 'N': self.N, 'G': self.G, 'chunks': self.chunks,
+            'reverse': reverse, 'softplus': dt_softplus, 'const_b': self.const_b, 'const_c': self.const_c,
+            'scale': scale, 'A': _address(A), 'skip': _address(D), 'bias': _address(dt_bias), 'u': _address(u),
+            'dt': _address(dt), 'z': _address(z), 'Bq': _address(B), 'Cq': _address(C),
+        }  # fmt: skip
         for name, x in (('u', u), ('dt', dt)):
-            self.fields |= zip((f'{name}_k', f'{name}_b', f'{name}_l'), (4 * s for s in x.stride()[:3]), strict=True)
+            k, b, step, _ = x.stride()
+            fields[f'{name}_k'], fields[f'{name}_b'], fields[f'{name}_l'] = 4 * k, 4 * b, 4 * step
         if z is not None:
-            self.fields |= dict(z_b=4 * z.stride(0), z_l=4 * z.stride(1))
+            fields['z_b'], fields['z_l'] = 4 * z.stride(0), 4 * z.stride(1)
         for name, x, groups in (('B', B, self.groups_b), ('C', C, self.groups_c)):
             if x.dim() == 5:
-                k, b, step, g = (4 * s for s in x.stride()[:4])
-                self.fields |= {f'{name}_k': k, f'{name}_b': b, f'{name}_l': step, f'{name}_g': g if groups > 1 else 0}
+                k, b, step, g, _ = x.stride()
+                fields[f'{name}_k'], fields[f'{name}_b'], fields[f'{name}_l'] = 4 * k, 4 * b, 4 * step
+                fields[f'{name}_g'] = 4 * g if groups > 1 else 0
 
 
 def _forward(
@@ -160,7 +165,9 @@ def _forward(
         out=out.data_ptr(), last=last.data_ptr(), save=save_states, states=states.data_ptr() if save_states else 0
     )
     tiles = -(-x.D // x.G // cpu_kernel.LANES)
-    _run('forward', cpu_kernel.forward_scratch_bytes(x.N), x.B * x.G * tiles, fields)
+    slab = max(1, min(SLAB, x.B * x.G * tiles // (4 * torch.get_num_threads())))
+    slabs = -(-tiles // slab)
+    _run('forward', cpu_kernel.forward_scratch_bytes(x.N, slab), x.B * x.G * slabs, fields | dict(slab=slab))
     return out.to(u.dtype), last, states
 
 

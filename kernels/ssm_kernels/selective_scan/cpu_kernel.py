@@ -54,11 +54,12 @@ T_MIN, T_MAX = -126.0, 128.0  # 2^T_MIN is the smallest normal number, 2^T_MAX i
 
 INT = types.int64
 WORDS = (
-    'counters scratch scratch_bytes n_tasks K B L D N G chunks reverse softplus save const_b const_c '
+    'next_task next_worker scratch scratch_bytes n_tasks K B L D N G chunks reverse softplus save const_b const_c '
     'u u_k u_b u_l dt dt_k dt_b dt_l z z_b z_l A Bq B_k B_b B_l B_g Cq C_k C_b C_l C_g skip bias out states last '
-    'dout dlast du ddt dA dB dC dB_const dC_const dskip dbias dz slab_bytes'
+    'dout dlast du ddt dA dB dC dB_const dC_const dskip dbias dz slab_bytes slab'
 ).split()
-PARAMS = np.dtype([(word, np.int64) for word in WORDS] + [('scale', np.float64)])  # addresses, strides in bytes, sizes
+# Counters, addresses, strides in bytes, sizes. The two counters come first: `counters` below is the block's address.
+PARAMS = np.dtype([(word, np.int64) for word in WORDS] + [('scale', np.float64)])
 PARAMS_T = from_dtype(PARAMS)
 
 
@@ -252,6 +253,11 @@ def put(typingctx, address, value):
 
 
 @intrinsic
+def address_of(typingctx, pointer):
+    return INT(pointer), lambda context, builder, sig, args: builder.ptrtoint(args[0], I64)
+
+
+@intrinsic
 def take_ticket(typingctx, address):
     """Atomically counts up and returns the count before: how the workers share out the tasks."""
 
@@ -369,8 +375,8 @@ ROW = 3 * VB  # delta, delta * u, <C, h>
 O_DL, O_DU, O_Y = 0, VB, 2 * VB
 
 
-def forward_scratch_bytes(N: int) -> int:
-    return CH * ROW + VB * (4 * N + 2) + VB * (N // LANES + 1)
+def forward_scratch_bytes(N: int, slab: int) -> int:
+    return CH * ROW + VB * (1 + N // LANES + 1) + slab * VB * (4 * N + 3)
 
 
 @_function
@@ -448,64 +454,68 @@ def finish_rows(a, rows, T, first, last, p_u, s_u, p_out, s_out, p_z, s_z, v_ski
 
 
 @_function
-def forward_tile(a, i_b, i_g, d0, m, rows):
-    """All directions of one tile of channels, one after the other."""
-    N, L, D = a.N, a.L, a.D
-    p_A = rows + CH * ROW
-    p_h = p_A + VB * N
-    p_wb = p_h + VB * N
-    p_wc = p_wb + VB * N
-    p_amax = p_wc + VB * N
-    spare = p_amax + VB
+def forward_slab(a, i_b, i_g, i_s, rows):
+    """All directions of a.slab neighbouring tiles: the tiles inside a chunk, so that its pages are fetched once."""
+    N, L, D, DG = a.N, a.L, a.D, a.D // a.G
+    spare = rows + CH * ROW
     p_ones = spare + VB
+    tile0 = p_ones + VB * (N // LANES + 1)
+    tile_bytes = VB * (4 * N + 3)
+    n_tiles = min(a.slab, (DG - i_s * a.slab * LANES + LANES - 1) // LANES)
     for k in range(a.K):
         token, sign = direction(a, k)
-        load_weights(a, k, d0, m, p_A, p_wb, p_wc, p_ones, p_amax)
-        v_skip = load_row(a.skip + FB * (k * D + d0), m, spare) if a.skip else splat(0.0)
-        v_bias = load_row(a.bias + FB * (k * D + d0), m, spare) if a.bias else splat(0.0)
-        fill_tile(p_h, N, 0.0)
         s_u, s_dt, s_z, s_out = sign * a.u_l, sign * a.dt_l, sign * a.z_l, sign * FB * D
         s_B, s_C = sign * a.B_l, sign * a.C_l
-        p_u = a.u + k * a.u_k + i_b * a.u_b + token * a.u_l + FB * d0
-        p_dt = a.dt + k * a.dt_k + i_b * a.dt_b + token * a.dt_l + FB * d0
-        p_z = a.z + i_b * a.z_b + token * a.z_l + FB * d0
-        p_out = a.out + FB * ((i_b * L + token) * D + d0)
-        p_B = p_ones if a.const_b else a.Bq + k * a.B_k + i_b * a.B_b + token * a.B_l + i_g * a.B_g
-        p_C = p_ones if a.const_c else a.Cq + k * a.C_k + i_b * a.C_b + token * a.C_l + i_g * a.C_g
-        p_state = a.states + FB * ((k * a.B + i_b) * a.chunks * N * D + d0)
-        for l0 in range(0, L, CH):
-            T = min(CH, L - l0)
-            tame = fill_rows(a, rows, T, p_u, s_u, p_dt, s_dt, v_bias, m, p_amax, spare)
-            if a.save:
-                for n in range(N):
-                    store_row(p_state, load(p_h + VB * n), m, spare)
-                    p_state += FB * D
-            if tame and not a.const_b and not a.const_c:
-                scan_rows(rows, T, N, p_A, p_h, p_B, s_B, p_C, s_C)
-            else:
-                scan_rows_any(rows, T, N, p_A, p_h, p_B, s_B, p_C, s_C, p_wb, p_wc, a.const_b, a.const_c)
-            finish_rows(a, rows, T, k == 0, k == a.K - 1, p_u, s_u, p_out, s_out, p_z, s_z, v_skip, m, spare)
-            p_u += T * s_u
-            p_dt += T * s_dt
-            p_z += T * s_z
-            p_out += T * s_out
-            p_B += T * s_B
-            p_C += T * s_C
-        store_tile(a.last + FB * ((k * a.B + i_b) * D + d0) * N, p_h, m, N, 1.0)
+        for i in range(n_tiles):
+            tile = tile0 + i * tile_bytes
+            o_g = (i_s * a.slab + i) * LANES
+            d0, m = i_g * DG + o_g, min(LANES, DG - o_g)
+            o_d = FB * (k * D + d0)
+            load_weights(a, k, d0, m, tile, tile + 2 * VB * N, tile + 3 * VB * N, p_ones, tile + 4 * VB * N)
+            fill_tile(tile + VB * N, N, 0.0)
+            store(tile + VB * (4 * N + 1), load_row(a.skip + o_d, m, spare) if a.skip else splat(0.0))
+            store(tile + VB * (4 * N + 2), load_row(a.bias + o_d, m, spare) if a.bias else splat(0.0))
+        for i_c in range(a.chunks):
+            T = min(CH, L - i_c * CH)
+            l_first = token + sign * i_c * CH
+            p_B = p_ones if a.const_b else a.Bq + k * a.B_k + i_b * a.B_b + l_first * a.B_l + i_g * a.B_g
+            p_C = p_ones if a.const_c else a.Cq + k * a.C_k + i_b * a.C_b + l_first * a.C_l + i_g * a.C_g
+            for i in range(n_tiles):
+                tile = tile0 + i * tile_bytes
+                o_g = (i_s * a.slab + i) * LANES
+                d0, m = i_g * DG + o_g, min(LANES, DG - o_g)
+                p_h, p_wb, p_wc, p_amax = tile + VB * N, tile + 2 * VB * N, tile + 3 * VB * N, tile + 4 * VB * N
+                v_skip, v_bias = load(p_amax + VB), load(p_amax + 2 * VB)
+                p_u = a.u + k * a.u_k + i_b * a.u_b + l_first * a.u_l + FB * d0
+                p_dt = a.dt + k * a.dt_k + i_b * a.dt_b + l_first * a.dt_l + FB * d0
+                p_z = a.z + i_b * a.z_b + l_first * a.z_l + FB * d0
+                p_out = a.out + FB * ((i_b * L + l_first) * D + d0)
+                tame = fill_rows(a, rows, T, p_u, s_u, p_dt, s_dt, v_bias, m, p_amax, spare)
+                if a.save:
+                    p_state = a.states + FB * (((k * a.B + i_b) * a.chunks + i_c) * N * D + d0)
+                    for n in range(N):
+                        store_row(p_state + FB * D * n, load(p_h + VB * n), m, spare)
+                if tame and not a.const_b and not a.const_c:
+                    scan_rows(rows, T, N, tile, p_h, p_B, s_B, p_C, s_C)
+                else:
+                    scan_rows_any(rows, T, N, tile, p_h, p_B, s_B, p_C, s_C, p_wb, p_wc, a.const_b, a.const_c)
+                finish_rows(a, rows, T, k == 0, k == a.K - 1, p_u, s_u, p_out, s_out, p_z, s_z, v_skip, m, spare)
+        for i in range(n_tiles):
+            o_g = (i_s * a.slab + i) * LANES
+            o_d = (k * a.B + i_b) * D + i_g * DG + o_g
+            store_tile(a.last + FB * o_d * N, tile0 + i * tile_bytes + VB * N, min(LANES, DG - o_g), N, 1.0)
 
 
 def forward(params):
-    """A worker: takes tiles until none is left."""
-    a = carray(params, 1)[0]
-    scratch = a.scratch + take_ticket(a.counters + 8) * a.scratch_bytes
-    DG = a.D // a.G
-    tiles = (DG + LANES - 1) // LANES
+    """A worker: takes slabs until none is left."""
+    a, counters = carray(params, 1)[0], address_of(params)
+    scratch = a.scratch + take_ticket(counters + 8) * a.scratch_bytes
+    slabs = (a.D // a.G + a.slab * LANES - 1) // (a.slab * LANES)
     while True:
-        task = take_ticket(a.counters)
+        task = take_ticket(counters)
         if task >= a.n_tasks:
             break
-        i_b, i_g, i_d = task // (a.G * tiles), task // tiles % a.G, task % tiles
-        forward_tile(a, i_b, i_g, i_g * DG + i_d * LANES, min(LANES, DG - i_d * LANES), scratch)
+        forward_slab(a, task // (a.G * slabs), task // slabs % a.G, task % slabs, scratch)
 
 
 # ---- backward ----
@@ -775,11 +785,11 @@ def backward_slab(a, i_b, i_g, i_s, rows):
 
 def backward(params):
     """A worker: takes slabs until none is left."""
-    a = carray(params, 1)[0]
-    scratch = a.scratch + take_ticket(a.counters + 8) * a.scratch_bytes
+    a, counters = carray(params, 1)[0], address_of(params)
+    scratch = a.scratch + take_ticket(counters + 8) * a.scratch_bytes
     slabs = (a.D // a.G + SLAB * LANES - 1) // (SLAB * LANES)
     while True:
-        task = take_ticket(a.counters)
+        task = take_ticket(counters)
         if task >= a.n_tasks:
             break
         backward_slab(a, task // (a.G * slabs), task // slabs % a.G, task % slabs, scratch)
