@@ -205,6 +205,9 @@ def _backward(
     BN = max(8, triton.next_power_of_2(x.N))
     shape = x.tiled(64 if BN == 8 and x.dg % 64 == 0 and not (const_B or const_C) else 32)
     warps = max(1, BN // 8 if BN > 16 else 1) * (2 if const_B or const_C else 1)
+    steps = BACKWARD_STEPS
+    if warps > 8:  # 16 warps could have 128 registers a thread only, and would spill
+        warps, steps = 8, 1
     block, per_chunk = plan_chunks(x.L, x.K * x.B * shape.T, BLOCK)
     n_states = states.shape[2]
     n_chunks = -(-n_states // per_chunk)
@@ -220,7 +223,7 @@ def _backward(
         empty((x.K, parts, x.D, x.N) if const else (x.K, x.B, x.L, shape.T, x.N), torch.float32, u)
         for const in (const_B, const_C)
     )
-    scratch = empty((n_programs, -(-block // BACKWARD_STEPS), shape.BD, BN), torch.float32, u)
+    scratch = empty((n_programs, -(-block // steps), shape.BD, BN), torch.float32, u)
     adjoint = None if dlast is None else dlast.to(torch.float32).contiguous()
     with on_device(u):
         if n_chunks > 1:
@@ -237,7 +240,7 @@ def _backward(
             x.u, x.dt, x.A, _constant(B) if const_B else x.Bx, _constant(C) if const_C else x.Cx, x.Dw, x.z, x.bias,
             dy, states, adjoint, scratch, du, ddt, dz, dB, dC, dA, dD, dbias, scale, x.B, x.L, block, per_chunk,
             n_chunks, n_states, n_items, n_programs, x.s_u, x.s_dt, x.s_A, x.s_B, x.s_C, x.s_D, x.s_z, x.s_bias,
-            dy.stride(0), adjoint is not None, rows, shape, BN, BACKWARD_STEPS, num_warps=warps, enable_fp_fusion=True,
+            dy.stride(0), adjoint is not None, rows, shape, BN, steps, num_warps=warps, enable_fp_fusion=True,
         )  # fmt: skip
 
     def total(partial: Tensor | None, like: Tensor | None) -> Tensor:
