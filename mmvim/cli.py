@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.registry import RUNNERS
-from mmengine.runner import Runner
+from mmengine.runner import Runner, find_latest_checkpoint
 
 import mmvim
 from mmvim.engine.complete import complete_config
@@ -71,7 +71,7 @@ def train_parser() -> argparse.ArgumentParser:
 def test_parser() -> argparse.ArgumentParser:
     """Arguments of tools/test.py."""
     parser = _parser('Test a trained detector, segmentor or classifier.')
-    parser.add_argument('checkpoint', help='checkpoint file')
+    parser.add_argument('checkpoint', help='checkpoint file, or a work directory: its last checkpoint')
     parser.add_argument('--out', help='where predictions go: a .pkl file; for segmentation a folder of label maps')
     parser.add_argument('--show-dir', help='folder of pictures; a relative one is below the work directory')
     parser.add_argument('--show', action='store_true', help='show pictures in a window')
@@ -249,9 +249,7 @@ def _protect(work_dir: str) -> None:
 def test(args: argparse.Namespace) -> None:
     """Carry out tools/test.py."""
     cfg = load_config(args)
-    if '://' not in args.checkpoint and not os.path.isfile(args.checkpoint):
-        raise ConfigError(f"checkpoint '{args.checkpoint}' does not exist: give the path of a .pth file")
-    cfg.load_from, cfg.resume = args.checkpoint, False
+    cfg.load_from, cfg.resume = find_checkpoint(args.checkpoint), False
     scope = cfg.get('default_scope')
     if args.out and scope == 'mmseg':
         cfg.test_evaluator.update(output_dir=args.out, keep_results=True)
@@ -269,6 +267,22 @@ def test(args: argparse.Namespace) -> None:
         print(f'predictions are in {args.out}')
     if args.show_dir:
         print(f'pictures are in {_picture_folder(args.show_dir, runner, scope)}')
+
+
+def find_checkpoint(path: str) -> str:
+    """A checkpoint file as given, or the last one in a work directory.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    if os.path.isdir(path):
+        last = find_latest_checkpoint(path)
+        if last is None:
+            raise ConfigError(f"work directory '{path}' holds no checkpoint: train first, or give a .pth file")
+        return last
+    if '://' not in path and not os.path.isfile(path):
+        raise ConfigError(f"checkpoint '{path}' does not exist: give the path of a .pth file or of a work directory")
+    return path
 
 
 def _draw(cfg: Config, args: argparse.Namespace, scope: str | None) -> None:

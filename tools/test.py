@@ -1,6 +1,6 @@
 """Test a trained detector, segmentor or classifier.
 
-python tools/test.py configs/demo/cascade_mask_rcnn_vim_ti_shapes.py CHECKPOINT.pth
+python tools/test.py configs/demo/cascade_mask_rcnn_vim_ti_shapes.py work_dirs/cascade_mask_rcnn_vim_ti_shapes
 """
 
 import argparse

@@ -16,6 +16,7 @@ model = dict(
         img_size=128,
         patch_size=8,
         drop_path_rate=0.0,
+        rotary=None,  # the angles of the residual stream take a small model long to see through
     ),
     neck=dict(in_channels=width, out_channels=channels, scales=(1, 0.5), num_outs=3),
     rpn_head=dict(in_channels=channels, feat_channels=channels, anchor_generator=dict(scales=[4], strides=strides)),
@@ -34,14 +35,14 @@ model = dict(
     test_cfg=dict(rpn=dict(nms_pre=500, max_per_img=100)),
 )
 
-max_iters = 600
+max_iters = 700
 train_cfg = dict(type='IterBasedTrainLoop', val_interval=10000)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 optim_wrapper = dict(
     type='OptimWrapper',
     constructor='mmvim.LayerDecayOptimWrapperConstructor',
-    optimizer=dict(type='AdamW', lr=1e-3, weight_decay=0.05),
+    optimizer=dict(type='AdamW', lr=2e-3, weight_decay=0.05),
     clip_grad=dict(max_norm=1.0),
 )
 param_scheduler = [

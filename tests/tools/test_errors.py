@@ -130,6 +130,7 @@ def test_missing_coco(fails):
 def test_checkpoints(fails, tiny_folder):
     torch.save(dict(state_dict=dict(weight=torch.zeros(3))), tiny_folder / 'other.pth')
     (tiny_folder / 'text.pth').write_text('hello')
+    (tiny_folder / 'empty').mkdir()
     whole = (tiny_folder / 'work' / 'iter_4.pth').read_bytes()
     (tiny_folder / 'half.pth').write_bytes(whole[: len(whole) // 2])
     wrong = {

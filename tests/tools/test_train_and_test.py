@@ -87,8 +87,9 @@ def run_here(trained, monkeypatch, capfd):
 
 
 def test_test_time_augmentation_runs_with_masks(run_here):
-    output = run_here('test', 'tiny.py', 'work/iter_4.pth', '--work-dir', 'tta', '--tta')
+    output = run_here('test', 'tiny.py', 'work', '--work-dir', 'tta', '--tta')
     assert {'coco/bbox_mAP_50', 'coco/segm_mAP_50'} <= set(metrics(output))
+    assert 'work/iter_4.pth' in output, 'a work directory stands for its last checkpoint'
 
 
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
