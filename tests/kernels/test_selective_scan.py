@@ -5,6 +5,7 @@
 import gc
 import importlib.util
 import os
+import platform
 import subprocess
 import sys
 import threading
@@ -465,7 +466,8 @@ def python(code: str, **environment: str) -> str:
         [sys.executable, '-c', code],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
+        cwd=KERNELS,
         env=os.environ | {'PYTHONPATH': str(KERNELS)} | environment,
     )
     assert done.returncode == 0, done.stderr[-2000:]
@@ -508,7 +510,9 @@ def test_environment_and_numba_settings_are_left_alone(compiled):
     code = (
         'import os, torch, numba\n'
         'from ssm_kernels import selective_scan\n'
-        'def state(): return dict(os.environ), {k: repr(v) for k, v in vars(numba.config).items()}\n'
+        'def state():\n'
+        '    ours = {k: v for k, v in os.environ.items() if not k.startswith("TORCH")}  # PyTorch sets its own\n'
+        '    return ours, {k: repr(v) for k, v in vars(numba.config).items()}\n'
         'before = state()\n'
         'x, row = torch.ones(2, 9, 200), torch.ones(2, 9, 3)\n'
         'selective_scan(x, x, -torch.ones(200, 3), row, row, backend="numba")\n'
@@ -517,6 +521,34 @@ def test_environment_and_numba_settings_are_left_alone(compiled):
         'except ValueError: print("no threading layer")\n'
     )
     assert python(code).splitlines() == ['True', 'no threading layer']
+
+
+AVX512 = '+avx,+avx2,+fma,+f16c,+bmi,+bmi2,+popcnt,+avx512f,+avx512vl,+avx512bw,+avx512dq,+avx512cd'
+
+
+@pytest.mark.skipif(platform.machine() not in ('x86_64', 'AMD64'), reason='x86 only')
+def test_avx512_gets_whole_registers():
+    code = (
+        'import re\n'
+        'from numba import types\n'
+        'from ssm_kernels.selective_scan import cpu_kernel\n'
+        'cpu_kernel.scan_rows.compile((types.int64,) * 9)\n'
+        'code = next(iter(cpu_kernel.scan_rows.inspect_asm().values()))\n'
+        'print(cpu_kernel.LANES, len(re.findall("vfmadd.*%zmm", code)), len(re.findall("vfmadd.*%ymm", code)))\n'
+    )
+    lanes, whole, half = map(int, python(code, NUMBA_CPU_NAME='skylake-avx512', NUMBA_CPU_FEATURES=AVX512).split())
+    assert lanes == 32 and whole > 0 and half == 0
+
+
+@pytest.mark.slow
+def test_values_with_the_narrowest_vectors():
+    code = (
+        'import sys; sys.path.insert(0, "benchmarks"); import cases\n'
+        'from ssm_kernels.selective_scan import cpu_kernel\n'
+        'found = {case.label: cases.problems(case, "numba") for case in cases.CASES}\n'
+        'print(cpu_kernel.LANES, {label: what for label, what in found.items() if what})\n'
+    )
+    assert python(code, NUMBA_CPU_NAME='generic', NUMBA_CPU_FEATURES='').strip() == '8 {}'
 
 
 def test_several_python_threads_at_once(compiled):
