@@ -135,6 +135,7 @@ ROWS = (
     Case('constant-C-both', L=5, D=6, const_c=True, both=True, batch=1),
     Case('constant-B-and-C', L=5, D=6, N=16, const_b=True, const_c=True, reverse=True),
     Case('constant-B-grouped-C', L=4, D=6, G=2, const_b=True),
+    Case('constant-B-N64', L=3, D=4, N=64, batch=1, const_b=True),
 )
 
 

@@ -223,7 +223,7 @@ BACKWARD = [
             *((target, 2, 8, torch.bfloat16, False) for target in TARGETS),
             *((target, 2, 16, torch.float32, False) for target in TARGETS),
             *((target, 1, n, torch.bfloat16, False) for target in ('sm_80', 'sm_90') for n in (5, 32, 64)),
-            *((target, 1, n, torch.float32, True) for target in ('sm_80', 'sm_90') for n in (16, 64)),
+            *((target, 1, n, torch.float32, True) for target in TARGETS for n in (16, 64)),
         ]
     ),
 ]
