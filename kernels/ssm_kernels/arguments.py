@@ -1,0 +1,54 @@
+"""Checks that ops share: what tensors they take, and what autocast makes of them."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast makes of activations like x; None where it leaves them alone."""
+    if x.is_meta or x.dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type):
+        return None
+    return torch.get_autocast_dtype(x.device.type)
+
+
+def fail(op: str, name: str, problem: str) -> NoReturn:
+    raise ValueError(f'{op}: {name} {problem}')
+
+
+def shape_of(x: Tensor) -> str:
+    return str(tuple(x.shape))
+
+
+def check_tensor(op: str, name: str, x: Tensor) -> None:
+    """Raises ValueError unless x is a tensor of a floating dtype that the ops know, with no size of zero."""
+    if not isinstance(x, Tensor):
+        fail(op, name, f'must be a tensor, got {type(x).__name__}')
+    if x.dtype not in DTYPES:
+        fail(op, name, f'has dtype {x.dtype}; legal are {", ".join(map(str, DTYPES))}')
+    if 0 in x.shape:
+        fail(op, name, f'has shape {shape_of(x)}; every size must be at least 1')
+
+
+def check_beside(op: str, name: str, tensor: Tensor, x: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    """Raises ValueError unless tensor is on the device of the op's input x and has one of the dtypes."""
+    check_tensor(op, name, tensor)
+    if tensor.device != x.device:
+        fail(op, name, f'is on {tensor.device}, x is on {x.device}; all tensors must be on one device')
+    if tensor.dtype not in dtypes:
+        legal = ' or '.join(map(str, dict.fromkeys(dtypes)))
+        fail(op, name, f'has dtype {tensor.dtype}, x has {x.dtype}; {name} must be {legal}')
+
+
+def parameter_dtypes(x: Tensor) -> tuple[torch.dtype, ...]:
+    """What an op's weights may be beside x: of its dtype or float32; under autocast anything up to float32."""
+    if x.dtype == torch.float64:
+        return (torch.float64,)
+    if autocast_dtype(x) is not None:
+        return DTYPES[:3]
+    return x.dtype, torch.float32
