@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from ssm_kernels import bidirectional_selective_scan, selective_scan, selective_scan_fn
 
 pytest.importorskip('numba')
+from ssm_kernels import cpu_threads, cpu_vectors  # noqa: E402
 from ssm_kernels.selective_scan import cpu, cpu_kernel  # noqa: E402
 
 scan_module = importlib.import_module('ssm_kernels.selective_scan')  # the package's attribute is the function
@@ -30,14 +31,20 @@ _spec.loader.exec_module(cases)
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch):
-    monkeypatch.setattr(cpu, '_empty', lambda *shape: torch.full(shape, float('nan'), dtype=torch.float32))
+    for module in (cpu, cpu_threads):
+        monkeypatch.setattr(module, 'empty', lambda *shape: torch.full(shape, float('nan'), dtype=torch.float32))
 
 
 @pytest.fixture
 def ran(monkeypatch):
     """Names of the Numba workers that ran."""
-    names, real = [], cpu._run
-    monkeypatch.setattr(cpu, '_run', lambda name, *args: (names.append(name), real(name, *args))[1])
+    names, real = [], cpu_threads.Worker.__call__
+
+    def call(self, *args):
+        names.append('forward' if self is cpu_kernel.forward else 'backward')
+        return real(self, *args)
+
+    monkeypatch.setattr(cpu_threads.Worker, '__call__', call)
     return names
 
 
@@ -476,21 +483,21 @@ def python(code: str, **environment: str) -> str:
 
 @pytest.fixture(scope='module')
 def compiled():
-    for name in ('forward', 'backward'):
-        cpu._worker(name)
+    for worker in (cpu_kernel.forward, cpu_kernel.backward):
+        worker.entry()
 
 
 def test_a_second_process_loads_compiled_code_from_disk(compiled):
     code = (
-        'from ssm_kernels.selective_scan import cpu\n'
-        'for name in ("forward", "backward"):\n'
-        '    cpu._worker(name); print(cpu._workers[name][0].cache_hits)\n'
+        'from ssm_kernels.selective_scan import cpu_kernel\n'
+        'for worker in (cpu_kernel.forward, cpu_kernel.backward):\n'
+        '    worker.entry(); print(worker.compiled.cache_hits)\n'
     )
     assert python(code).split() == ['1', '1']
 
 
 def test_without_a_writable_cache_it_compiles_without_one(monkeypatch):
-    real, tried = cpu_kernel.cfunc, []
+    real, tried = cpu_vectors.cfunc, []
 
     def refuse(signature, cache=False, **options):
         tried.append(cache)
@@ -498,11 +505,14 @@ def test_without_a_writable_cache_it_compiles_without_one(monkeypatch):
             raise RuntimeError('cannot cache function: no locator available')
         return real(signature, **options)
 
-    def worker(params):
-        pass
+    def make(stamp):
+        def worker(params):
+            pass
 
-    monkeypatch.setattr(cpu_kernel, 'cfunc', refuse)
-    assert cpu_kernel.compile_worker(worker).address
+        return worker
+
+    monkeypatch.setattr(cpu_vectors, 'cfunc', refuse)
+    assert cpu_vectors.compile_worker(make, cpu_kernel.PARAMS).address
     assert tried == [True, False]
 
 
@@ -544,9 +554,9 @@ def test_avx512_gets_whole_registers():
 def test_values_with_the_narrowest_vectors():
     code = (
         'import sys; sys.path.insert(0, "benchmarks"); import cases\n'
-        'from ssm_kernels.selective_scan import cpu_kernel\n'
+        'from ssm_kernels.cpu_vectors import LANES\n'
         'found = {case.label: cases.problems(case, "numba") for case in cases.CASES}\n'
-        'print(cpu_kernel.LANES, {label: what for label, what in found.items() if what})\n'
+        'print(LANES, {label: what for label, what in found.items() if what})\n'
     )
     assert python(code, NUMBA_CPU_NAME='generic', NUMBA_CPU_FEATURES='').strip() == '8 {}'
 
@@ -572,7 +582,7 @@ def test_several_python_threads_at_once(compiled):
 def test_python_threads_where_openmp_is_missing(compiled, monkeypatch):
     x = tensors(both=True, L=130, D=150)
     want, before = bidirectional_selective_scan(**x, dt_softplus=True), torch.get_num_threads()
-    monkeypatch.setattr(cpu, '_openmp', lambda: None)
+    monkeypatch.setattr(cpu_threads, 'openmp', lambda: None)
     try:
         torch.set_num_threads(3)
         assert torch.equal(bidirectional_selective_scan(**x, dt_softplus=True), want)

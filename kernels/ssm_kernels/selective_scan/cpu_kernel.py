@@ -4,342 +4,75 @@ Source: Mamba, arXiv 2312.00752, equation 2 and algorithm 2; the backward recomp
 state at its start.
 
 A tile of LANES neighbouring channels is one task's unit of work. Per chunk the step sizes and inputs go to scratch rows
-that stay in the L1 cache; then, one state n after the other, a loop over the chunk's steps holds h_n in registers. The
-vectors are LLVM vectors that this file emits itself: their width does not depend on the auto-vectoriser, and the
-rounding trick in ``exp2`` is not undone by fast-math flags. Everything is one file because Numba's on-disk cache
-does not notice edits in another one.
+that stay in the L1 cache; then, one state n after the other, a loop over the chunk's steps holds h_n in registers.
 """
 
 # K directions (1 or 2), B batch, L tokens, D channels, N state size, G groups of DG = D / G channels, CH steps a chunk
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
-from llvmlite import ir
-from numba import carray, cfunc, from_dtype, njit, types
-from numba.core.cgutils import get_or_insert_function
-from numba.core.registry import cpu_target
-from numba.extending import intrinsic, models, register_model
+from numba import carray
 
+from ..cpu_threads import Worker
+from ..cpu_vectors import (
+    FB,
+    HB,
+    LANES,
+    LN2,
+    LOG2E,
+    T_MIN,
+    VB,
+    add,
+    address_of,
+    all_at_most,
+    broadcast,
+    exp2,
+    exp2_tame,
+    fill_tile,
+    fma,
+    fold,
+    function,
+    half_sum,
+    inline,
+    load,
+    load_half,
+    load_row,
+    load_tile,
+    maximum,
+    mul,
+    neg,
+    params_dtype,
+    put,
+    sigmoid,
+    softplus,
+    splat,
+    store,
+    store_half,
+    store_row,
+    store_tile,
+    sub,
+    take_ticket,
+)
 
-def _native_lanes() -> int:
-    """float32 lanes of the widest vector register that Numba compiles for."""
-    features = cpu_target.target_context.codegen().magic_tuple()[2].split(',')
-    return 16 if '+avx512f' in features else 8 if '+avx' in features else 4
-
-
-HALF = _native_lanes()
-LANES = 2 * HALF
 CH = 64
 SLAB = 4  # tiles whose shares of dB and dC are added in scratch before they leave it
 
-F32, I32, I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
-FB, HB, VB = 4, HALF * 4, LANES * 4  # bytes of one float, of half a vector, of a vector
-LOG2E, LN2 = math.log2(math.e), math.log(2.0)
-# Minimax fits made for this file: 2^x - 1 on [-1/2, 1/2], error relative to 2^x 2.0e-9 (one degree less: 9.1e-8, too
-# much for the promise on accuracy); (atanh(s)/s - 1)/s^2 in s^2 on [0, 1/9], error relative to atanh(s)/s 4.5e-9.
-EXP2 = (
-    0.6931472028550939,
-    0.24022647913626462,
-    0.05550332471042374,
-    0.009618437357646864,
-    0.0013398874452311832,
-    0.00015353361995032802,
-)
-ATANH = (0.33333208142721366, 0.2001076362761836, 0.1400090248276717, 0.14005994257023055)
-ROUND = 12582912.0  # 1.5 * 2^23: adding it rounds to an integer, which then stands in the low bits
-T_MIN, T_MAX = -126.0, 128.0  # 2^T_MIN is the smallest normal number, 2^T_MAX is inf
-
-INT = types.int64
-WORDS = (
-    'next_task next_worker scratch scratch_bytes n_tasks K B L D N G chunks reverse softplus save const_b const_c '
+# Addresses, strides in bytes, sizes
+PARAMS = params_dtype(
+    'K B L D N G chunks reverse softplus save const_b const_c '
     'u u_k u_b u_l dt dt_k dt_b dt_l z z_b z_l A Bq B_k B_b B_l B_g Cq C_k C_b C_l C_g skip bias out states last '
     'dout dlast du ddt dA dB dC dB_const dC_const dskip dbias dz slab_bytes slab'
-).split()
-# Counters, addresses, strides in bytes, sizes. The two counters come first: `counters` below is the block's address.
-PARAMS = np.dtype([(word, np.int64) for word in WORDS] + [('scale', np.float64)])
-PARAMS_T = from_dtype(PARAMS)
+)
 
 
-# ---- vectors ----
-
-
-class VectorType(types.Type):
-    def __init__(self, lanes: int):
-        self.lanes = lanes
-        super().__init__(name=f'f32x{lanes}')
-
-
-@register_model(VectorType)
-class VectorModel(models.PrimitiveModel):
-    def __init__(self, dmm, fe_type):
-        super().__init__(dmm, fe_type, ir.VectorType(F32, fe_type.lanes))
-
-
-VEC, HVEC = VectorType(LANES), VectorType(HALF)
-
-
-def _ir(vector: VectorType, element=F32):
-    return ir.VectorType(element, vector.lanes)
-
-
-def _const(value: float, vector: VectorType = VEC):
-    return ir.Constant(_ir(vector), [value] * vector.lanes)
-
-
-def _emit_fma(builder, x, y, z):
-    fn_type = ir.FunctionType(x.type, [x.type] * 3)
-    fn = get_or_insert_function(builder.module, fn_type, f'llvm.fmuladd.v{x.type.count}f32')
-    return builder.call(fn, [x, y, z])
-
-
-def _emit_exp2(builder, t):
-    """2^t for |t| <= 126: 2^k in the exponent bits times a polynomial in t - k."""
-    ints = _ir(VEC, I32)
-    m = builder.fadd(t, _const(ROUND))
-    r = builder.fsub(t, builder.fsub(m, _const(ROUND)))
-    p = _const(EXP2[-1])
-    for c in (*EXP2[-2::-1], 1.0):
-        p = _emit_fma(builder, p, r, _const(c))
-    k = builder.shl(builder.bitcast(m, ints), ir.Constant(ints, [23] * LANES))
-    return builder.bitcast(builder.add(builder.bitcast(p, ints), k), _ir(VEC))
-
-
-def _emit_clamp(builder, t):
-    for test, limit in (('<', T_MIN), ('>', T_MAX)):  # in this form NaN passes
-        t = builder.select(builder.fcmp_ordered(test, t, _const(limit)), _const(limit), t)
-    return t
-
-
-def _emit_splat(builder, x):
-    undef = ir.Constant(_ir(VEC), ir.Undefined)
-    first = builder.insert_element(undef, x, ir.Constant(I32, 0))
-    return builder.shuffle_vector(first, undef, ir.Constant(_ir(VEC, I32), [0] * LANES))
-
-
-def _pointer(builder, address, pointee):
-    return builder.inttoptr(address, pointee.as_pointer())
-
-
-def _loader(vector: VectorType):
-    @intrinsic
-    def load(typingctx, address):
-        def emit(context, builder, sig, args):
-            return builder.load(_pointer(builder, args[0], _ir(vector)), align=4)
-
-        return vector(INT), emit
-
-    return load
-
-
-def _storer(vector: VectorType):
-    @intrinsic
-    def store(typingctx, address, value):
-        def emit(context, builder, sig, args):
-            builder.store(args[1], _pointer(builder, args[0], _ir(vector)), align=4)
-            return context.get_dummy_value()
-
-        return types.void(INT, vector), emit
-
-    return store
-
-
-def _unary(emit_ir):
-    @intrinsic
-    def op(typingctx, x):
-        return VEC(VEC), lambda context, builder, sig, args: emit_ir(builder, *args)
-
-    return op
-
-
-def _binary(emit_ir, vector: VectorType = VEC):
-    @intrinsic
-    def op(typingctx, x, y):
-        return vector(vector, vector), lambda context, builder, sig, args: emit_ir(builder, *args)
-
-    return op
-
-
-load, store = _loader(VEC), _storer(VEC)
-load_half, store_half = _loader(HVEC), _storer(HVEC)
-add, sub = _binary(lambda b, x, y: b.fadd(x, y)), _binary(lambda b, x, y: b.fsub(x, y))
-mul, div = _binary(lambda b, x, y: b.fmul(x, y)), _binary(lambda b, x, y: b.fdiv(x, y))
-add_half = _binary(lambda b, x, y: b.fadd(x, y), HVEC)
-maximum = _binary(lambda b, x, y: b.select(b.fcmp_ordered('<', x, y), y, x))
-neg = _unary(lambda b, x: b.fneg(x))
-exp2_tame = _unary(_emit_exp2)
-exp2 = _unary(lambda b, x: _emit_exp2(b, _emit_clamp(b, x)))
-
-
-@intrinsic
-def fma(typingctx, x, y, z):
-    return VEC(VEC, VEC, VEC), lambda context, builder, sig, args: _emit_fma(builder, *args)
-
-
-@intrinsic
-def splat(typingctx, x):
-    def emit(context, builder, sig, args):
-        return _emit_splat(builder, builder.fptrunc(args[0], F32))
-
-    return VEC(types.float64), emit
-
-
-@intrinsic
-def broadcast(typingctx, address):
-    """The float at an address in every lane."""
-
-    def emit(context, builder, sig, args):
-        return _emit_splat(builder, builder.load(_pointer(builder, args[0], F32), align=4))
-
-    return VEC(INT), emit
-
-
-@intrinsic
-def fold(typingctx, x):
-    """Lower half plus upper half."""
-
-    def emit(context, builder, sig, args):
-        half = _ir(HVEC, I32)
-        low, high = ir.Constant(half, list(range(HALF))), ir.Constant(half, list(range(HALF, LANES)))
-        return builder.fadd(*(builder.shuffle_vector(args[0], args[0], index) for index in (low, high)))
-
-    return HVEC(VEC), emit
-
-
-@intrinsic
-def half_sum(typingctx, x):
-    """Sum of the lanes, in a fixed order."""
-
-    def emit(context, builder, sig, args):
-        value, lanes = args[0], HALF
-        while lanes > 1:
-            lanes //= 2
-            index = ir.VectorType(I32, lanes)
-            low, high = ir.Constant(index, list(range(lanes))), ir.Constant(index, list(range(lanes, 2 * lanes)))
-            value = builder.fadd(*(builder.shuffle_vector(value, value, part) for part in (low, high)))
-        return builder.extract_element(value, ir.Constant(I32, 0))
-
-    return types.float32(HVEC), emit
-
-
-@intrinsic
-def all_at_most(typingctx, x, y):
-    """Whether x <= y in every lane; a NaN is not."""
-
-    def emit(context, builder, sig, args):
-        mask = builder.bitcast(builder.fcmp_ordered('<=', *args), ir.IntType(LANES))
-        return builder.icmp_unsigned('==', mask, ir.Constant(ir.IntType(LANES), 2**LANES - 1))
-
-    return types.boolean(VEC, VEC), emit
-
-
-@intrinsic
-def get(typingctx, address):
-    def emit(context, builder, sig, args):
-        return builder.load(_pointer(builder, args[0], F32), align=4)
-
-    return types.float32(INT), emit
-
-
-@intrinsic
-def put(typingctx, address, value):
-    def emit(context, builder, sig, args):
-        builder.store(args[1], _pointer(builder, args[0], F32), align=4)
-        return context.get_dummy_value()
-
-    return types.void(INT, types.float32), emit
-
-
-@intrinsic
-def address_of(typingctx, pointer):
-    return INT(pointer), lambda context, builder, sig, args: builder.ptrtoint(args[0], I64)
-
-
-@intrinsic
-def take_ticket(typingctx, address):
-    """Atomically counts up and returns the count before: how the workers share out the tasks."""
-
-    def emit(context, builder, sig, args):
-        return builder.atomic_rmw('add', _pointer(builder, args[0], I64), ir.Constant(I64, 1), 'seq_cst')
-
-    return INT(INT), emit
-
-
-_function = njit(error_model='numpy', boundscheck=False)
-_inline = njit(error_model='numpy', boundscheck=False, forceinline=True)
-
-
-@_inline
-def sigmoid(x):
-    return div(splat(1.0), add(splat(1.0), exp2(mul(x, splat(-LOG2E)))))
-
-
-@_inline
-def softplus(x):
-    """max(x, 0) + log(1 + e), e = exp(-|x|), as 2 atanh(e / (2 + e)): exact to rounding for small results too."""
-    e = exp2(mul(maximum(x, neg(x)), splat(-LOG2E)))
-    s = div(e, add(e, splat(2.0)))
-    w = mul(s, s)
-    p = fma(fma(fma(splat(ATANH[3]), w, splat(ATANH[2])), w, splat(ATANH[1])), w, splat(ATANH[0]))
-    return fma(mul(add(s, s), w), p, add(maximum(x, splat(0.0)), add(s, s)))
-
-
-@_function
-def copy_floats(target, source, m):
-    for i in range(m):
-        put(target + FB * i, get(source + FB * i))
-
-
-@_inline
-def load_row(address, m, spare):
-    """LANES floats, of which the first m exist and the others are 0."""
-    if m == LANES:
-        return load(address)
-    store(spare, splat(0.0))
-    copy_floats(spare, address, m)
-    return load(spare)
-
-
-@_inline
-def store_row(address, x, m, spare):
-    if m == LANES:
-        store(address, x)
-    else:
-        store(spare, x)
-        copy_floats(address, spare, m)
-
-
-@_function
-def load_tile(tile, source, m, N, factor):
-    """Transposes m rows of N floats into N rows of LANES; lanes beyond m are 0."""
-    for n in range(N):
-        store(tile + VB * n, splat(0.0))
-        for i in range(m):
-            put(tile + VB * n + FB * i, np.float32(get(source + FB * (i * N + n)) * factor))
-
-
-@_function
-def store_tile(target, tile, m, N, factor):
-    for n in range(N):
-        for i in range(m):
-            put(target + FB * (i * N + n), np.float32(get(tile + VB * n + FB * i) * factor))
-
-
-@_function
-def fill_tile(tile, rows, value):
-    for n in range(rows):
-        store(tile + VB * n, splat(value))
-
-
-@_inline
+@inline
 def step_size(a, p_dt, v_bias, m, spare):
     x = add(load_row(p_dt, m, spare), v_bias)
     return softplus(x) if a.softplus else x
 
 
-@_inline
+@inline
 def direction(a, k):
     """(token of the first step, +1 or -1)."""
     if (k == 1) if a.K == 2 else (a.reverse != 0):
@@ -347,7 +80,7 @@ def direction(a, k):
     return 0, 1
 
 
-@_function
+@function
 def load_weights(a, k, d0, m, p_A, p_wb, p_wc, p_ones, p_amax):
     """A in base-2 logarithms, its largest magnitude over n, and the lane weights of constant B and C."""
     N = a.N
@@ -379,7 +112,7 @@ def forward_scratch_bytes(N: int, slab: int) -> int:
     return CH * ROW + VB * (1 + N // LANES + 1) + slab * VB * (4 * N + 3)
 
 
-@_function
+@function
 def fill_rows(a, rows, T, p_u, s_u, p_dt, s_dt, v_bias, m, p_amax, spare):
     """Writes delta and delta * u, clears <C, h>; returns whether 2^(delta A) needs no clamp in this chunk."""
     v_max = splat(0.0)
@@ -396,7 +129,7 @@ def fill_rows(a, rows, T, p_u, s_u, p_dt, s_dt, v_bias, m, p_amax, spare):
     return all_at_most(mul(v_max, load(p_amax)), splat(-T_MIN))
 
 
-@_function
+@function
 def scan_rows(rows, T, N, p_A, p_h, p_B, s_B, p_C, s_C):
     """The hot loop: h = 2^(delta A) h + delta u B,  y += C h."""
     for n in range(N):
@@ -412,7 +145,7 @@ def scan_rows(rows, T, N, p_A, p_h, p_B, s_B, p_C, s_C):
         store(p_h + VB * n, v_h)
 
 
-@_function
+@function
 def scan_rows_any(rows, T, N, p_A, p_h, p_B, s_B, p_C, s_C, p_wb, p_wc, const_b, const_c):
     """As scan_rows, for any delta A and for constant B and C (lane weights)."""
     for n in range(N):
@@ -433,7 +166,7 @@ def scan_rows_any(rows, T, N, p_A, p_h, p_B, s_B, p_C, s_C, p_wb, p_wc, const_b,
         store(p_h + VB * n, v_h)
 
 
-@_function
+@function
 def finish_rows(a, rows, T, first, last, p_u, s_u, p_out, s_out, p_z, s_z, v_skip, m, spare):
     """Adds D * u (last: its size would cost the small terms their digits) and the earlier direction; gates, scales."""
     v_scale = splat(a.scale)
@@ -453,7 +186,7 @@ def finish_rows(a, rows, T, first, last, p_u, s_u, p_out, s_out, p_z, s_z, v_ski
         p_z += s_z
 
 
-@_function
+@function
 def forward_slab(a, i_b, i_g, i_s, rows):
     """All directions of a.slab neighbouring tiles: the tiles inside a chunk, so that its pages are fetched once."""
     N, L, D, DG = a.N, a.L, a.D, a.D // a.G
@@ -506,16 +239,19 @@ def forward_slab(a, i_b, i_g, i_s, rows):
             store_tile(a.last + FB * o_d * N, tile0 + i * tile_bytes + VB * N, min(LANES, DG - o_g), N, 1.0)
 
 
-def forward(params):
-    """A worker: takes slabs until none is left."""
-    a, counters = carray(params, 1)[0], address_of(params)
-    scratch = a.scratch + take_ticket(counters + 8) * a.scratch_bytes
-    slabs = (a.D // a.G + a.slab * LANES - 1) // (a.slab * LANES)
-    while True:
-        task = take_ticket(counters)
-        if task >= a.n_tasks:
-            break
-        forward_slab(a, task // (a.G * slabs), task // slabs % a.G, task % slabs, scratch)
+def make_forward(stamp):
+    def forward(params):
+        """A worker: takes slabs until none is left."""
+        a, counters = carray(params, 1)[0], address_of(params)
+        scratch = a.scratch + take_ticket(counters + 8) * a.scratch_bytes
+        slabs = (a.D // a.G + a.slab * LANES - 1) // (a.slab * LANES)
+        while stamp:  # never 0
+            task = take_ticket(counters)
+            if task >= a.n_tasks:
+                break
+            forward_slab(a, task // (a.G * slabs), task // slabs % a.G, task % slabs, scratch)
+
+    return forward
 
 
 # ---- backward ----
@@ -530,7 +266,7 @@ def backward_scratch_bytes(N: int) -> int:
     return rows + tiles + VB * (N // LANES + 4)
 
 
-@_function
+@function
 def fill_rows_backward(a, rows, T, p_u, s_u, p_dt, s_dt, p_g, s_g, p_z, s_z, v_bias, m, p_amax, spare):
     """Writes delta, delta * u, the gradient of y and d delta / d dt; clears the sums. Returns as fill_rows."""
     v_max = splat(0.0)
@@ -561,7 +297,7 @@ def fill_rows_backward(a, rows, T, p_u, s_u, p_dt, s_dt, p_g, s_g, p_z, s_z, v_b
     return all_at_most(mul(v_max, load(p_amax)), splat(-T_MIN))
 
 
-@_function
+@function
 def sweep_rows(rows, T, N, p_A, p_h0, s_h0, m, p_g, p_dA, p_hs, p_es, p_dB, p_dC, p_B, s_B, p_C, s_C, spare):
     """One chunk, one state after the other: states forward into scratch, then gradients backward."""
     for n in range(N):
@@ -592,9 +328,9 @@ def sweep_rows(rows, T, N, p_A, p_h0, s_h0, m, p_g, p_dA, p_hs, p_es, p_dB, p_dC
             dC -= HB
             v_dy = load(row + B_DY)
             v_g = fma(v_dy, broadcast(p_c), v_g)
-            store_half(dC, add_half(load_half(dC), fold(mul(v_dy, load(hs)))))
+            store_half(dC, add(load_half(dC), fold(mul(v_dy, load(hs)))))
             hs -= VB
-            store_half(dB, add_half(load_half(dB), fold(mul(v_g, load(row + B_DU)))))
+            store_half(dB, add(load_half(dB), fold(mul(v_g, load(row + B_DU)))))
             store(row + B_GB, fma(v_g, broadcast(p_b), load(row + B_GB)))
             v_g = mul(v_g, load(es))
             v_q = mul(v_g, load(hs))
@@ -604,7 +340,7 @@ def sweep_rows(rows, T, N, p_A, p_h0, s_h0, m, p_g, p_dA, p_hs, p_es, p_dB, p_dC
         store(p_dA + VB * n, add(load(p_dA + VB * n), v_dA))
 
 
-@_function
+@function
 def sweep_rows_any(
     rows, T, N, p_A, p_h0, s_h0, m, p_g, p_dA, p_hs, p_es, p_dB, p_dC, p_B, s_B, p_C, s_C, spare,
     p_wb, p_wc, p_dwb, p_dwc,
@@ -640,11 +376,11 @@ def sweep_rows_any(
             v_g = fma(v_dy, mul(v_c, v_wc), v_g)
             v_dc = mul(v_dy, load(hs))
             v_dwc = fma(v_dc, v_c, v_dwc)
-            store_half(dC, add_half(load_half(dC), fold(mul(v_dc, v_wc))))
+            store_half(dC, add(load_half(dC), fold(mul(v_dc, v_wc))))
             hs -= VB
             v_db = mul(v_g, load(row + B_DU))
             v_dwb = fma(v_db, v_b, v_dwb)
-            store_half(dB, add_half(load_half(dB), fold(mul(v_db, v_wb))))
+            store_half(dB, add(load_half(dB), fold(mul(v_db, v_wb))))
             store(row + B_GB, fma(v_g, mul(v_b, v_wb), load(row + B_GB)))
             v_g = mul(v_g, load(es))
             v_q = mul(v_g, load(hs))
@@ -656,7 +392,7 @@ def sweep_rows_any(
         store(p_dwc + VB * n, add(load(p_dwc + VB * n), v_dwc))
 
 
-@_function
+@function
 def finish_rows_backward(a, rows, T, first, k_row, s_row, p_u, s_u, p_g, s_g, p_z, s_z, o_z, v_skip, m, p_sums, spare):
     """Gradients of u, dt and z of one chunk; adds those of D and dt_bias to the sums."""
     v_dskip, v_dbias = splat(0.0), splat(0.0)
@@ -688,7 +424,7 @@ def finish_rows_backward(a, rows, T, first, k_row, s_row, p_u, s_u, p_g, s_g, p_
     store(p_sums + VB, add(load(p_sums + VB), v_dbias))
 
 
-@_function
+@function
 def backward_slab(a, i_b, i_g, i_s, rows):
     """All directions of SLAB neighbouring tiles: chunks from the last step to the first, the tiles inside a chunk."""
     N, L, D = a.N, a.L, a.D
@@ -783,23 +519,20 @@ def backward_slab(a, i_b, i_g, i_s, rows):
             store_row(a.dbias + o_d, load(p_sums + VB), m, spare)
 
 
-def backward(params):
-    """A worker: takes slabs until none is left."""
-    a, counters = carray(params, 1)[0], address_of(params)
-    scratch = a.scratch + take_ticket(counters + 8) * a.scratch_bytes
-    slabs = (a.D // a.G + SLAB * LANES - 1) // (SLAB * LANES)
-    while True:
-        task = take_ticket(counters)
-        if task >= a.n_tasks:
-            break
-        backward_slab(a, task // (a.G * slabs), task // slabs % a.G, task % slabs, scratch)
+def make_backward(stamp):
+    def backward(params):
+        """A worker: takes slabs until none is left."""
+        a, counters = carray(params, 1)[0], address_of(params)
+        scratch = a.scratch + take_ticket(counters + 8) * a.scratch_bytes
+        slabs = (a.D // a.G + SLAB * LANES - 1) // (SLAB * LANES)
+        while stamp:  # never 0
+            task = take_ticket(counters)
+            if task >= a.n_tasks:
+                break
+            backward_slab(a, task // (a.G * slabs), task // slabs % a.G, task % slabs, scratch)
+
+    return backward
 
 
-def compile_worker(worker):
-    """Compiles ``forward`` or ``backward`` to a C function, from the on-disk cache where one can be written."""
-    signature = types.void(types.CPointer(PARAMS_T))
-    options = dict(error_model='numpy', boundscheck=False)
-    try:
-        return cfunc(signature, cache=True, **options)(worker)
-    except (RuntimeError, OSError):  # Numba found no folder that it may write to
-        return cfunc(signature, **options)(worker)
+forward = Worker(make_forward, PARAMS)
+backward = Worker(make_backward, PARAMS)

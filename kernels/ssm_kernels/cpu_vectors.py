@@ -1,0 +1,350 @@
+"""Explicit vectors for the Numba kernels: LLVM vector types and instructions, elementary functions, compiled workers.
+
+The vectors are LLVM vectors that this file emits itself: their width does not depend on the auto-vectoriser, and the
+rounding trick in ``exp2`` is not undone by fast-math flags.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from llvmlite import ir
+from numba import cfunc, from_dtype, njit, types
+from numba.core.cgutils import get_or_insert_function
+from numba.core.registry import cpu_target
+from numba.extending import intrinsic, models, register_model
+
+
+def _native_lanes() -> int:
+    """float32 lanes of the widest vector register that Numba compiles for."""
+    features = cpu_target.target_context.codegen().magic_tuple()[2].split(',')
+    return 16 if '+avx512f' in features else 8 if '+avx' in features else 4
+
+
+HALF = _native_lanes()
+LANES = 2 * HALF
+
+F32, I32, I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
+FB, HB, VB = 4, HALF * 4, LANES * 4  # bytes of one float, of half a vector, of a vector
+LOG2E, LN2 = math.log2(math.e), math.log(2.0)
+# Minimax fits made for this file: 2^x - 1 on [-1/2, 1/2], error relative to 2^x 2.0e-9 (one degree less: 9.1e-8, too
+# much for the promise on accuracy); (atanh(s)/s - 1)/s^2 in s^2 on [0, 1/9], error relative to atanh(s)/s 4.5e-9.
+EXP2 = (
+    0.6931472028550939,
+    0.24022647913626462,
+    0.05550332471042374,
+    0.009618437357646864,
+    0.0013398874452311832,
+    0.00015353361995032802,
+)
+ATANH = (0.33333208142721366, 0.2001076362761836, 0.1400090248276717, 0.14005994257023055)
+ROUND = 12582912.0  # 1.5 * 2^23: adding it rounds to an integer, which then stands in the low bits
+T_MIN, T_MAX = -126.0, 128.0  # 2^T_MIN is the smallest normal number, 2^T_MAX is inf
+
+
+INT = types.int64
+
+
+def params_dtype(words: str) -> np.dtype:
+    """The parameter block of a worker: 64-bit words, the two counters first, and one float, ``scale``."""
+    names = ['next_task', 'next_worker', 'scratch', 'scratch_bytes', 'n_tasks', *words.split()]
+    return np.dtype([(name, np.int64) for name in names] + [('scale', np.float64)])
+
+
+# ---- vectors ----
+
+
+class VectorType(types.Type):
+    def __init__(self, lanes: int):
+        self.lanes = lanes
+        super().__init__(name=f'f32x{lanes}')
+
+
+@register_model(VectorType)
+class VectorModel(models.PrimitiveModel):
+    def __init__(self, dmm, fe_type):
+        super().__init__(dmm, fe_type, ir.VectorType(F32, fe_type.lanes))
+
+
+VEC, HVEC = VectorType(LANES), VectorType(HALF)
+
+
+def _ir(vector: VectorType, element=F32):
+    return ir.VectorType(element, vector.lanes)
+
+
+def _const(value: float, vector: VectorType = VEC):
+    return ir.Constant(_ir(vector), [value] * vector.lanes)
+
+
+def _emit_fma(builder, x, y, z):
+    fn_type = ir.FunctionType(x.type, [x.type] * 3)
+    fn = get_or_insert_function(builder.module, fn_type, f'llvm.fmuladd.v{x.type.count}f32')
+    return builder.call(fn, [x, y, z])
+
+
+def _emit_exp2(builder, t):
+    """2^t for |t| <= 126: 2^k in the exponent bits times a polynomial in t - k."""
+    ints = _ir(VEC, I32)
+    m = builder.fadd(t, _const(ROUND))
+    r = builder.fsub(t, builder.fsub(m, _const(ROUND)))
+    p = _const(EXP2[-1])
+    for c in (*EXP2[-2::-1], 1.0):
+        p = _emit_fma(builder, p, r, _const(c))
+    k = builder.shl(builder.bitcast(m, ints), ir.Constant(ints, [23] * LANES))
+    return builder.bitcast(builder.add(builder.bitcast(p, ints), k), _ir(VEC))
+
+
+def _emit_clamp(builder, t):
+    for test, limit in (('<', T_MIN), ('>', T_MAX)):  # in this form NaN passes
+        t = builder.select(builder.fcmp_ordered(test, t, _const(limit)), _const(limit), t)
+    return t
+
+
+def _emit_splat(builder, x):
+    undef = ir.Constant(_ir(VEC), ir.Undefined)
+    first = builder.insert_element(undef, x, ir.Constant(I32, 0))
+    return builder.shuffle_vector(first, undef, ir.Constant(_ir(VEC, I32), [0] * LANES))
+
+
+def _pointer(builder, address, pointee):
+    return builder.inttoptr(address, pointee.as_pointer())
+
+
+def _loader(vector: VectorType):
+    @intrinsic
+    def load(typingctx, address):
+        def emit(context, builder, sig, args):
+            return builder.load(_pointer(builder, args[0], _ir(vector)), align=4)
+
+        return vector(INT), emit
+
+    return load
+
+
+def _storer(vector: VectorType):
+    @intrinsic
+    def store(typingctx, address, value):
+        def emit(context, builder, sig, args):
+            builder.store(args[1], _pointer(builder, args[0], _ir(vector)), align=4)
+            return context.get_dummy_value()
+
+        return types.void(INT, vector), emit
+
+    return store
+
+
+def _unary(emit_ir):
+    @intrinsic
+    def op(typingctx, x):
+        return VEC(VEC), lambda context, builder, sig, args: emit_ir(builder, *args)
+
+    return op
+
+
+def _binary(emit_ir):
+    @intrinsic
+    def op(typingctx, x, y):
+        return x(x, x), lambda context, builder, sig, args: emit_ir(builder, *args)
+
+    return op
+
+
+load, store = _loader(VEC), _storer(VEC)
+load_half, store_half = _loader(HVEC), _storer(HVEC)
+add, sub = _binary(lambda b, x, y: b.fadd(x, y)), _binary(lambda b, x, y: b.fsub(x, y))
+mul, div = _binary(lambda b, x, y: b.fmul(x, y)), _binary(lambda b, x, y: b.fdiv(x, y))
+maximum = _binary(lambda b, x, y: b.select(b.fcmp_ordered('<', x, y), y, x))
+neg = _unary(lambda b, x: b.fneg(x))
+exp2_tame = _unary(_emit_exp2)
+exp2 = _unary(lambda b, x: _emit_exp2(b, _emit_clamp(b, x)))
+
+
+@intrinsic
+def fma(typingctx, x, y, z):
+    return x(x, x, x), lambda context, builder, sig, args: _emit_fma(builder, *args)
+
+
+@intrinsic
+def splat(typingctx, x):
+    def emit(context, builder, sig, args):
+        return _emit_splat(builder, builder.fptrunc(args[0], F32))
+
+    return VEC(types.float64), emit
+
+
+@intrinsic
+def broadcast(typingctx, address):
+    """The float at an address in every lane."""
+
+    def emit(context, builder, sig, args):
+        return _emit_splat(builder, builder.load(_pointer(builder, args[0], F32), align=4))
+
+    return VEC(INT), emit
+
+
+@intrinsic
+def fold(typingctx, x):
+    """Lower half plus upper half."""
+
+    def emit(context, builder, sig, args):
+        half = _ir(HVEC, I32)
+        low, high = ir.Constant(half, list(range(HALF))), ir.Constant(half, list(range(HALF, LANES)))
+        return builder.fadd(*(builder.shuffle_vector(args[0], args[0], index) for index in (low, high)))
+
+    return HVEC(VEC), emit
+
+
+@intrinsic
+def half_sum(typingctx, x):
+    """Sum of the lanes, in a fixed order."""
+
+    def emit(context, builder, sig, args):
+        value, lanes = args[0], HALF
+        while lanes > 1:
+            lanes //= 2
+            index = ir.VectorType(I32, lanes)
+            low, high = ir.Constant(index, list(range(lanes))), ir.Constant(index, list(range(lanes, 2 * lanes)))
+            value = builder.fadd(*(builder.shuffle_vector(value, value, part) for part in (low, high)))
+        return builder.extract_element(value, ir.Constant(I32, 0))
+
+    return types.float32(HVEC), emit
+
+
+@intrinsic
+def all_at_most(typingctx, x, y):
+    """Whether x <= y in every lane; a NaN is not."""
+
+    def emit(context, builder, sig, args):
+        mask = builder.bitcast(builder.fcmp_ordered('<=', *args), ir.IntType(LANES))
+        return builder.icmp_unsigned('==', mask, ir.Constant(ir.IntType(LANES), 2**LANES - 1))
+
+    return types.boolean(VEC, VEC), emit
+
+
+@intrinsic
+def get(typingctx, address):
+    def emit(context, builder, sig, args):
+        return builder.load(_pointer(builder, args[0], F32), align=4)
+
+    return types.float32(INT), emit
+
+
+@intrinsic
+def put(typingctx, address, value):
+    def emit(context, builder, sig, args):
+        builder.store(args[1], _pointer(builder, args[0], F32), align=4)
+        return context.get_dummy_value()
+
+    return types.void(INT, types.float32), emit
+
+
+@intrinsic
+def address_of(typingctx, pointer):
+    return INT(pointer), lambda context, builder, sig, args: builder.ptrtoint(args[0], I64)
+
+
+@intrinsic
+def take_ticket(typingctx, address):
+    """Atomically counts up and returns the count before: how the workers share out the tasks."""
+
+    def emit(context, builder, sig, args):
+        return builder.atomic_rmw('add', _pointer(builder, args[0], I64), ir.Constant(I64, 1), 'seq_cst')
+
+    return INT(INT), emit
+
+
+function = njit(error_model='numpy', boundscheck=False)
+inline = njit(error_model='numpy', boundscheck=False, forceinline=True)
+
+
+@inline
+def sigmoid(x):
+    return div(splat(1.0), add(splat(1.0), exp2(mul(x, splat(-LOG2E)))))
+
+
+@inline
+def softplus(x):
+    """max(x, 0) + log(1 + e), e = exp(-|x|), as 2 atanh(e / (2 + e)): exact to rounding for small results too."""
+    e = exp2(mul(maximum(x, neg(x)), splat(-LOG2E)))
+    s = div(e, add(e, splat(2.0)))
+    w = mul(s, s)
+    p = fma(fma(fma(splat(ATANH[3]), w, splat(ATANH[2])), w, splat(ATANH[1])), w, splat(ATANH[0]))
+    return fma(mul(add(s, s), w), p, add(maximum(x, splat(0.0)), add(s, s)))
+
+
+@function
+def copy_floats(target, source, m):
+    for i in range(m):
+        put(target + FB * i, get(source + FB * i))
+
+
+@inline
+def load_row(address, m, spare):
+    """LANES floats, of which the first m exist and the others are 0."""
+    if m == LANES:
+        return load(address)
+    store(spare, splat(0.0))
+    copy_floats(spare, address, m)
+    return load(spare)
+
+
+@inline
+def store_row(address, x, m, spare):
+    if m == LANES:
+        store(address, x)
+    else:
+        store(spare, x)
+        copy_floats(address, spare, m)
+
+
+@function
+def load_tile(tile, source, m, N, factor):
+    """Transposes m rows of N floats into N rows of LANES; lanes beyond m are 0."""
+    for n in range(N):
+        store(tile + VB * n, splat(0.0))
+        for i in range(m):
+            put(tile + VB * n + FB * i, np.float32(get(source + FB * (i * N + n)) * factor))
+
+
+@function
+def store_tile(target, tile, m, N, factor):
+    for n in range(N):
+        for i in range(m):
+            put(target + FB * (i * N + n), np.float32(get(tile + VB * n + FB * i) * factor))
+
+
+@function
+def fill_tile(tile, rows, value):
+    for n in range(rows):
+        store(tile + VB * n, splat(value))
+
+
+@cache
+def _stamp(*files: str) -> int:
+    """A number for the content of this file and others."""
+    digest = hashlib.sha256()
+    for file in (__file__, *files):
+        digest.update(Path(file).read_bytes())
+    return int.from_bytes(digest.digest()[:4], 'little') + 1
+
+
+def compile_worker(make: Callable[[int], Callable], params: np.dtype, *modules: str):
+    """Compiles ``make(stamp)``, a worker, to a C function, from the on-disk cache where one can be written.
+
+    Numba's cache notices edits of the worker's own file only. The stamp, which the worker uses, is part of the key:
+    it changes with this file and with the named modules that the worker takes functions from.
+    """
+    worker = make(_stamp(*(sys.modules[module].__file__ for module in modules)))
+    signature = types.void(types.CPointer(from_dtype(params)))
+    options = dict(error_model='numpy', boundscheck=False)
+    try:
+        return cfunc(signature, cache=True, **options)(worker)
+    except (RuntimeError, OSError):  # Numba found no folder that it may write to
+        return cfunc(signature, **options)(worker)
