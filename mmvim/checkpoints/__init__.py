@@ -1,6 +1,7 @@
 """Reading published checkpoints safely and fitting them to the models here."""
 
 from mmvim.checkpoints.fitting import Conversion, LoadReport, compare, convert_on_load
+from mmvim.checkpoints.mambavision import load_published_mambavision, mambavision_state_dict
 from mmvim.checkpoints.reading import find_state_dict, read_checkpoint, read_state_dict
 from mmvim.checkpoints.vim import load_published_vim, to_classifier, vim_state_dict
 
@@ -10,7 +11,9 @@ __all__ = [
     'compare',
     'convert_on_load',
     'find_state_dict',
+    'load_published_mambavision',
     'load_published_vim',
+    'mambavision_state_dict',
     'read_checkpoint',
     'read_state_dict',
     'to_classifier',

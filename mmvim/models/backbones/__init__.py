@@ -1,5 +1,6 @@
 """Backbones."""
 
+from mmvim.models.backbones.mambavision import MambaVision
 from mmvim.models.backbones.vision_mamba import VisionMamba
 
-__all__ = ['VisionMamba']
+__all__ = ['MambaVision', 'VisionMamba']

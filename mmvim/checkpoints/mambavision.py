@@ -1,0 +1,138 @@
+"""Published MambaVision weights and our own, fitted to a MambaVision with another read-out."""
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor, nn
+
+from mmvim.checkpoints.fitting import Conversion, abridge, convert_on_load
+
+# files saved through a class that holds the network as `model` have this before every name
+INNER = 'model.'
+
+
+def mambavision_state_dict(
+    state_dict: Mapping[str, Tensor], *, norms: Sequence[str] = (), num_levels: int = 4
+) -> Conversion:
+    """Convert the weights of a MambaVision to those of one with other outputs.
+
+    Args:
+        state_dict: weights by published name, or with `model.` before it.
+        norms: norms behind the levels that the target has: `norm` of the classifier, `outnorm0` to `outnorm3` of a
+            dense backbone. Others are dropped, and the classifier's `head` always is.
+        num_levels: levels that the target has built. Those behind them are dropped, and what leads to them.
+
+    Returns:
+        The weights and the names dropped.
+    """
+    if state_dict and all(name.startswith(INNER) for name in state_dict):
+        state_dict = {name.removeprefix(INNER): value for name, value in state_dict.items()}
+    unbuilt = tuple(f'levels.{i}.' for i in range(num_levels, 4))
+
+    def is_dropped(name: str) -> bool:
+        first = name.partition('.')[0]
+        if first == 'head':
+            return True
+        if first == 'norm' or first.startswith('outnorm'):
+            return first not in norms
+        return name.startswith((*unbuilt, f'levels.{num_levels - 1}.downsample.'))
+
+    kept = OrderedDict((name, value) for name, value in state_dict.items() if not is_dropped(name))
+    return Conversion(kept, dropped=[name for name in state_dict if name not in kept])
+
+
+def mambavision_settings(state_dict: Mapping[str, Tensor]) -> dict:
+    """Arguments of MambaVision, or of its `arch`, that can be read from weights; empty if they are no MambaVision's."""
+    first, second = (state_dict.get(f'patch_embed.conv_down.{i}.weight') for i in (0, 3))
+    if first is None or second is None:
+        return {}
+    blocks = sorted({tuple(map(int, n.split('.')[1:4:2])) for n in state_dict if _is_block(n)})
+    depths = tuple(sum(level == i for level, _ in blocks) for i in range(4))
+    scans = [name for name in state_dict if name.endswith('mixer.A_log')]
+    settings = {
+        'embed_dims': second.shape[0],
+        'stem_channels': first.shape[0],
+        'in_channels': first.shape[1],
+        'depths': depths,
+        'layer scale': 'yes' if any(name.endswith('.gamma_1') for name in state_dict) else 'no',
+        'attention': tuple(f'levels.{i}.blocks.{j}.mixer.qkv.weight' in state_dict for i, j in blocks if i > 1),
+    }
+    if scans:
+        mixer = scans[0].removesuffix('A_log')
+        out_proj = state_dict.get(f'{mixer}out_proj.weight')
+        settings['d_state'] = state_dict[scans[0]].shape[1]
+        settings['mixer_symmetric'] = f'{mixer}conv1d_z.weight' in state_dict
+        if out_proj is not None:
+            settings['mixer_merge'] = 'concat' if out_proj.shape[0] == out_proj.shape[1] else 'gate'
+    return settings
+
+
+def _is_block(name: str) -> bool:
+    return name.startswith('levels.') and name.split('.')[2] == 'blocks'
+
+
+def explain_mambavision(
+    file: Mapping[str, Tensor], model: Mapping[str, Tensor], depths: Sequence[int] | None = None
+) -> list[str]:
+    """Why the weights of a file do not fit a MambaVision, one sentence a cause, with the remedy.
+
+    Args:
+        file: weights in the file, by published name.
+        model: state dict of the model.
+        depths: blocks of each level of the model's architecture, where it has not built them all.
+    """
+    # the backbone imports this module
+    from mmvim.models.backbones.mambavision import PLACES, MambaVision, attention_places
+
+    theirs, ours = mambavision_settings(file), mambavision_settings(model)
+    if not theirs:
+        return [f'this is no MambaVision checkpoint, it holds {abridge(file)}: give one that belongs to this model']
+    if depths is not None and ours['depths'] != tuple(depths):
+        ours['depths'] = tuple(depths)
+        theirs.pop('attention')
+    of_arch = ('embed_dims', 'stem_channels', 'depths', 'layer scale')
+    reasons = []
+    if any(theirs[key] != ours[key] for key in of_arch):
+        described = ', '.join(f'{key} {theirs[key]}' for key in of_arch)
+        names = [
+            name
+            for name, arch in MambaVision.arch_zoo.items()
+            if [arch[key] for key in of_arch[:3]] == [theirs[key] for key in of_arch[:3]]
+            and ('layer_scale' in arch) == (theirs['layer scale'] == 'yes')
+        ]
+        remedy = f'set arch={names[-1]!r}' if names else 'set arch to a dict with these'
+        reasons.append(f'the file has {described}, the model {", ".join(str(ours[k]) for k in of_arch)}: {remedy}')
+    elif theirs.get('attention') != ours['attention'] and 'attention' in theirs:
+        pattern = {
+            place: sum((attention_places(depth, place) for depth in theirs['depths'][2:]), ())
+            for place in (*PLACES, *range(2, max(theirs['depths']) + 1))
+        }
+        known = [place for place, places in pattern.items() if places == theirs['attention']]
+        remedy = f'set attention={known[0]!r}' if known else 'no value of attention gives these'
+        reasons.append(f'the file has attention in {sum(theirs["attention"])} other blocks: {remedy}')
+    for key in ('in_channels', 'd_state', 'mixer_symmetric', 'mixer_merge'):
+        if key in theirs and key in ours and theirs[key] != ours[key]:
+            reasons.append(f'the file has {key} {theirs[key]!r}, the model {ours[key]!r}: set {key}={theirs[key]!r}')
+    if 'norm.weight' in model and 'norm.weight' not in file:
+        reasons.append("the file lacks the classifier's norm: set out_type='featmap'")
+    return reasons or ['the file is incomplete or of another make: get it again from where it was published']
+
+
+def load_published_mambavision(backbone: nn.Module) -> None:
+    """Let a MambaVision load published weights in every way to load; see `convert_on_load` for what is raised.
+
+    Args:
+        backbone: a MambaVision; its levels and depths are read.
+    """
+    may_miss = [f'outnorm{i}.{leaf}' for i in range(4) for leaf in ('weight', 'bias')]
+    convert_on_load(backbone, _convert, _explain, may_miss)
+
+
+def _convert(backbone, weights: Mapping[str, Tensor], metadata: Mapping) -> Conversion:
+    norms = [name for name, _ in backbone.named_children() if name == 'norm' or name.startswith('outnorm')]
+    return mambavision_state_dict(weights, norms=norms, num_levels=len(backbone.levels))
+
+
+def _explain(backbone, weights: Mapping[str, Tensor]) -> list[str]:
+    weights = mambavision_state_dict(weights, norms=['norm']).state_dict
+    return explain_mambavision(weights, backbone.state_dict(), backbone.depths)

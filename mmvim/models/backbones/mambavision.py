@@ -1,0 +1,516 @@
+"""MambaVision, a hierarchical backbone of convolutions, selective scans and attention."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+
+import torch
+from mmcv.cnn.bricks import DropPath
+from mmengine.model import BaseModule
+from mmengine.utils.dl_utils.parrots_wrapper import _BatchNorm
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mmvim.checkpoints import load_published_mambavision
+from mmvim.models.layers.mambavision_mixer import CONVS, DT_INITS, MERGES, MambaVisionMixer, SelfAttention, init_linear
+from mmvim.models.layers.norm import LayerNorm2d
+from mmvim.models.layers.windows import from_windows, to_windows, window_shape
+from mmvim.registry import MODELS
+
+# B batch, C channels of a level, H x W its map, K windows in a map, L tokens in a window
+
+NUM_LEVELS = 4
+CONV_LEVELS = 2  # levels 0 and 1 are convolutional, the others work on windows
+PLACES = ('early', 'middle', 'last', 'none', 'all')
+
+
+def attention_places(depth: int, attention: str | int) -> tuple[bool, ...]:
+    """Which blocks of a level of this depth are attention, see ``MambaVision``'s argument."""
+    if isinstance(attention, int):
+        return tuple((i + 1) % attention == 0 for i in range(depth))
+    count = {'none': 0, 'all': depth}.get(attention, depth // 2)
+    start = {'middle': (depth - count) // 2, 'last': depth - count}.get(attention, 0)
+    return tuple(start <= i < start + count for i in range(depth))
+
+
+def _drop_path(rate: float) -> nn.Module:
+    return DropPath(rate) if rate > 0 else nn.Identity()
+
+
+class Stem(nn.Module):
+    """Two convolutions of stride 2, each with BatchNorm and ReLU.
+
+    Args:
+        in_channels: channels of the image.
+        stem_channels: channels between the convolutions.
+        embed_dims: channels of the result.
+    """
+
+    def __init__(self, in_channels: int, stem_channels: int, embed_dims: int) -> None:
+        super().__init__()
+        self.conv_down = nn.Sequential(
+            nn.Conv2d(in_channels, stem_channels, 3, 2, 1, bias=False),
+            nn.BatchNorm2d(stem_channels, eps=1e-4),
+            nn.ReLU(),
+            nn.Conv2d(stem_channels, embed_dims, 3, 2, 1, bias=False),
+            nn.BatchNorm2d(embed_dims, eps=1e-4),
+            nn.ReLU(),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Image (B, channels, H, W) -> map (B, C, H/4, W/4), sides rounded up."""
+        return self.conv_down(x)
+
+
+class ConvBlock(nn.Module):
+    """Residual block of two convolutions with BatchNorm, and GELU in its tanh form between them.
+
+    Args:
+        channels: channels C.
+        drop_path_rate: stochastic depth.
+    """
+
+    def __init__(self, channels: int, drop_path_rate: float) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.norm1 = nn.BatchNorm2d(channels)
+        self.act = nn.GELU('tanh')
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.norm2 = nn.BatchNorm2d(channels)
+        self.drop_path = _drop_path(drop_path_rate)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, H, W) -> map (B, C, H, W)."""
+        return x + self.drop_path(self.norm2(self.conv2(self.act(self.norm1(self.conv1(x))))))
+
+
+class Mlp(nn.Module):
+    """Two linear layers with exact GELU between them.
+
+    Args:
+        embed_dims: channels C.
+        hidden: channels between the layers.
+    """
+
+    def __init__(self, embed_dims: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(embed_dims, hidden)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(hidden, embed_dims)
+
+    def init_weights(self) -> None:
+        """Initialise both layers."""
+        init_linear(self.fc1)
+        init_linear(self.fc2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., C) -> (..., C)."""
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class WindowBlock(nn.Module):
+    """Pre-norm residual block of a token mixer and an MLP; the mixer sees every window by itself.
+
+    Args:
+        embed_dims: channels C.
+        mixer: the token mixer, (B*K, L, C) -> (B*K, L, C).
+        mlp_ratio: width of the MLP over C.
+        layer_scale: start value of a scale per channel on both branches; no such scale if None.
+        drop_path_rate: stochastic depth, per image and not per window.
+    """
+
+    def __init__(
+        self, embed_dims: int, mixer: nn.Module, mlp_ratio: float, layer_scale: float | None, drop_path_rate: float
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(embed_dims)
+        self.mixer = mixer
+        self.norm2 = nn.LayerNorm(embed_dims)
+        self.mlp = Mlp(embed_dims, int(embed_dims * mlp_ratio))
+        self.drop_path = _drop_path(drop_path_rate)
+        self.layer_scale = layer_scale
+        if layer_scale is not None:
+            self.gamma_1 = nn.Parameter(torch.full((embed_dims,), float(layer_scale)))
+            self.gamma_2 = nn.Parameter(torch.full((embed_dims,), float(layer_scale)))
+
+    def init_weights(self) -> None:
+        """Initialise all parameters."""
+        self.mixer.init_weights()
+        self.mlp.init_weights()
+        for norm in (self.norm1, self.norm2):
+            norm.reset_parameters()
+        if self.layer_scale is not None:
+            nn.init.constant_(self.gamma_1, self.layer_scale)
+            nn.init.constant_(self.gamma_2, self.layer_scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens (B, K, L, C) -> tokens (B, K, L, C)."""
+        mixed = self.mixer(self.norm1(x).flatten(0, 1)).unflatten(0, x.shape[:2])
+        x = x + self.drop_path(mixed if self.layer_scale is None else mixed * self.gamma_1)
+        mixed = self.mlp(self.norm2(x))
+        return x + self.drop_path(mixed if self.layer_scale is None else mixed * self.gamma_2)
+
+
+class Downsample(nn.Module):
+    """Convolution of stride 2 that doubles the channels.
+
+    Args:
+        channels: channels C.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.reduction = nn.Sequential(nn.Conv2d(channels, 2 * channels, 3, 2, 1, bias=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, H, W) -> map (B, 2C, H/2, W/2), sides rounded up."""
+        return self.reduction(x)
+
+
+class Level(nn.Module):
+    """Blocks of one resolution, and what leads to the next.
+
+    Args:
+        blocks: the blocks.
+        downsample: what leads to the next level; None behind the last that is built.
+        window: side of the windows that the blocks work on; None for blocks that work on maps.
+        fit_windows: see ``MambaVision``.
+        with_cp: see ``MambaVision``.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[nn.Module],
+        downsample: nn.Module | None,
+        window: int | None,
+        fit_windows: bool,
+        with_cp: bool,
+    ) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        if downsample is not None:
+            self.downsample = downsample
+        self.window = window
+        self.fit_windows = fit_windows
+        self.with_cp = with_cp
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, H, W) -> map (B, C, H, W), not down-sampled."""
+        if self.window is None:
+            return self._run(x)
+        size = x.shape[-2:]
+        window = window_shape(size, self.window, self.fit_windows)
+        return from_windows(self._run(to_windows(x, window)), window, size)
+
+    def _run(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            if self.with_cp and torch.is_grad_enabled() and x.requires_grad:
+                x = checkpoint(
+                    block, x, use_reentrant=False, context_fn=lambda b=block: (nullcontext(), _statistics_kept(b))
+                )
+            else:
+                x = block(x)
+        return x
+
+
+@contextmanager
+def _statistics_kept(block: nn.Module) -> Iterator[None]:
+    """Within it BatchNorm does not count a batch again that it has seen."""
+    norms = [m for m in block.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
+
+
+@MODELS.register_module()
+class MambaVision(BaseModule):
+    """MambaVision: two levels of convolutions, two of selective scans and attention in windows (arXiv 2407.08083).
+
+    The state dictionary has the names of the published checkpoints, which load as they are by
+    ``init_cfg=dict(type='Pretrained', checkpoint=...)``. Images of any size of at least 4x4 pixels work; the sides of
+    every level's map are those of the level before it, halved and rounded up.
+
+    Args:
+        arch: a name in ``arch_zoo`` ('tiny', 'tiny2', 'small', 'base', 'large', 'large2', 'large3'), or a dict with
+            'embed_dims' (channels of level 0; every level has twice as many as the one before it), 'stem_channels',
+            'depths' and 'num_heads' (four numbers each) and optionally 'layer_scale' (start value, None for none),
+            'mlp_ratio', 'd_state' and 'd_conv'.
+        in_channels: channels of the image.
+        out_indices: levels whose output is returned, counted from 0; negative ones count from the end. None means all
+            four, or the last for 'avg_featmap'. Levels behind the last one wanted are not built.
+        out_type: 'featmap', maps (B, C, H, W) that pass a LayerNorm over the channels, ``outnorm0`` to ``outnorm3``,
+            which ImageNet files lack; 'raw', the maps without it; 'avg_featmap', of the last level only, BatchNorm
+            ``norm`` and the mean over the map, (B, C), for the published classifier.
+        window_sizes: side of the windows of each level, in positions of its map; levels 0 and 1 have none, and their
+            entries are not used. Published: (8, 8, 14, 7) at 224, (8, 8, 64, 32) for ADE20K at 512 (small:
+            (8, 8, 160, 56)), (8, 8, 112, 56) for COCO.
+        fit_windows: False, as published: every window has its full size, the map is padded to a multiple of it with
+            zeros, and the padding takes part in scan and attention. True: as few windows as cover the map, equally
+            large and no larger than they must be, so that less is padded, and nothing where the map is smaller than
+            the window. It changes the results wherever there was padding: for training from ImageNet weights.
+        attention: which blocks of levels 2 and 3 are attention, the others being mixers: 'last' half, as published
+            (of an odd number the smaller half), 'early', 'middle', 'none', 'all', or l for every l-th block.
+        mixer_conv: 'same', as published, or 'causal' convolutions in the mixer.
+        mixer_symmetric: whether the mixer's branch without a scan has a convolution, as published.
+        mixer_merge: 'concat' of the mixer's branches, as published, or 'gate', their product.
+        dt_init: 'published', delta's projection initialised like any linear layer, or 'mamba', as Mamba has it.
+        drop_path_rate: stochastic depth, from 0 in the first block to this rate in the last one of all levels.
+        frozen_stages: 0 freezes the stem, i the first i levels as well; -1 nothing.
+        norm_eval: keep all BatchNorm layers in evaluation mode, so that their statistics stay.
+        with_cp: gradient checkpointing, one checkpoint a block.
+        scan_backend: backend of ssm_kernels; the fastest that can run if None.
+        init_cfg: initialisation of mmengine.
+
+    Raises:
+        ValueError: if an argument has no legal value; the message gives the legal ones.
+    """
+
+    arch_zoo = {
+        **dict.fromkeys(
+            ('t', 'tiny'), dict(embed_dims=80, stem_channels=32, depths=(1, 3, 8, 4), num_heads=(2, 4, 8, 16))
+        ),
+        **dict.fromkeys(
+            ('t2', 'tiny2'), dict(embed_dims=80, stem_channels=32, depths=(1, 3, 11, 4), num_heads=(2, 4, 8, 16))
+        ),
+        **dict.fromkeys(
+            ('s', 'small'), dict(embed_dims=96, stem_channels=64, depths=(3, 3, 7, 5), num_heads=(2, 4, 8, 16))
+        ),
+        **dict.fromkeys(
+            ('b', 'base'),
+            dict(embed_dims=128, stem_channels=64, depths=(3, 3, 10, 5), num_heads=(2, 4, 8, 16), layer_scale=1e-5),
+        ),
+        **dict.fromkeys(
+            ('l', 'large'),
+            dict(embed_dims=196, stem_channels=64, depths=(3, 3, 10, 5), num_heads=(4, 8, 16, 32), layer_scale=1e-5),
+        ),
+        **dict.fromkeys(
+            ('l2', 'large2'),
+            dict(embed_dims=196, stem_channels=64, depths=(3, 3, 12, 5), num_heads=(4, 8, 16, 32), layer_scale=1e-5),
+        ),
+        **dict.fromkeys(
+            ('l3', 'large3'),
+            dict(embed_dims=256, stem_channels=64, depths=(3, 3, 20, 10), num_heads=(4, 8, 16, 32), layer_scale=1e-5),
+        ),
+    }
+    OUT_TYPES = ('featmap', 'raw', 'avg_featmap')
+
+    def __init__(
+        self,
+        arch: str | dict = 'tiny',
+        in_channels: int = 3,
+        out_indices: int | Sequence[int] | None = None,
+        out_type: str = 'featmap',
+        window_sizes: Sequence[int] = (8, 8, 14, 7),
+        fit_windows: bool = False,
+        attention: str | int = 'last',
+        mixer_conv: str = 'same',
+        mixer_symmetric: bool = True,
+        mixer_merge: str = 'concat',
+        dt_init: str = 'published',
+        drop_path_rate: float = 0.0,
+        frozen_stages: int = -1,
+        norm_eval: bool = False,
+        with_cp: bool = False,
+        scan_backend: str | None = None,
+        init_cfg: dict | None = None,
+    ) -> None:
+        super().__init__(init_cfg)
+        settings = self._arch_settings(arch)
+        self.embed_dims = settings['embed_dims']
+        self.depths = tuple(settings['depths'])
+        for name, value, legal in (
+            ('out_type', out_type, self.OUT_TYPES),
+            ('mixer_conv', mixer_conv, tuple(CONVS)),
+            ('mixer_merge', mixer_merge, MERGES),
+            ('dt_init', dt_init, DT_INITS),
+        ):
+            if value not in legal:
+                raise ValueError(f'{name} must be one of {legal}, got {value!r}')
+        if attention not in PLACES and not (type(attention) is int and attention >= 1):
+            raise ValueError(f'attention must be one of {PLACES} or a number l >= 1, got {attention!r}')
+        window_sizes = tuple(window_sizes) if isinstance(window_sizes, Sequence) else window_sizes
+        if not isinstance(window_sizes, tuple) or len(window_sizes) != NUM_LEVELS or min(window_sizes) < 1:
+            raise ValueError(f'window_sizes must be four numbers of at least 1, one per level, got {window_sizes}')
+        if not 0 <= drop_path_rate < 1:
+            raise ValueError(f'drop_path_rate must be in [0, 1), got {drop_path_rate}')
+        if not -1 <= frozen_stages <= NUM_LEVELS:
+            raise ValueError(f'frozen_stages must be in -1 to {NUM_LEVELS}, got {frozen_stages}')
+        self.out_type = out_type
+        self.out_indices = self._absolute_indices(out_indices)
+        self.window_sizes = window_sizes
+        self.frozen_stages = frozen_stages
+        self.norm_eval = norm_eval
+
+        self.patch_embed = Stem(in_channels, settings['stem_channels'], self.embed_dims)
+        count = sum(self.depths)
+        rates = iter([drop_path_rate * i / (count - 1) for i in range(count)])
+        mixer = dict(
+            d_state=settings.get('d_state', 8),
+            d_conv=settings.get('d_conv', 3),
+            conv=mixer_conv,
+            symmetric=mixer_symmetric,
+            merge=mixer_merge,
+            dt_init=dt_init,
+            scan_backend=scan_backend,
+        )
+        self.levels = nn.ModuleList()
+        for i in range(self.out_indices[-1] + 1):
+            width = self.embed_dims * 2**i
+            if i < CONV_LEVELS:
+                blocks = [ConvBlock(width, next(rates)) for _ in range(self.depths[i])]
+            else:
+                blocks = [
+                    WindowBlock(
+                        width,
+                        SelfAttention(width, settings['num_heads'][i]) if attends else MambaVisionMixer(width, **mixer),
+                        settings.get('mlp_ratio', 4),
+                        settings.get('layer_scale'),
+                        next(rates),
+                    )
+                    for attends in attention_places(self.depths[i], attention)
+                ]
+            downsample = Downsample(width) if i < self.out_indices[-1] else None
+            window = None if i < CONV_LEVELS else window_sizes[i]
+            self.levels.append(Level(blocks, downsample, window, fit_windows, with_cp))
+        if out_type == 'avg_featmap':
+            self.norm = nn.BatchNorm2d(self.out_channels[-1])
+        elif out_type == 'featmap':
+            for i, channels in zip(self.out_indices, self.out_channels, strict=True):
+                self.add_module(f'outnorm{i}', LayerNorm2d(channels, eps=1e-5))
+        for module in self._frozen_modules():
+            module.requires_grad_(False)
+        load_published_mambavision(self)
+
+    # ---- arguments
+
+    def _arch_settings(self, arch: str | dict) -> dict:
+        if isinstance(arch, str):
+            if arch.lower() not in self.arch_zoo:
+                raise ValueError(f'arch must be one of {tuple(self.arch_zoo)}, got {arch!r}')
+            return self.arch_zoo[arch.lower()]
+        required = {'embed_dims', 'stem_channels', 'depths', 'num_heads'}
+        optional = {'layer_scale', 'mlp_ratio', 'd_state', 'd_conv'}
+        if not isinstance(arch, dict) or not required <= set(arch) <= required | optional:
+            raise ValueError(
+                f'arch must be one of {tuple(self.arch_zoo)} or a dict with {sorted(required)} and optionally '
+                f'{sorted(optional)}, got {arch!r}'
+            )
+        for name in ('depths', 'num_heads'):
+            if len(arch[name]) != NUM_LEVELS or min(arch[name]) < 1:
+                raise ValueError(f'{name} of arch must be four numbers of at least 1, one per level, got {arch[name]}')
+        for i, heads in enumerate(arch['num_heads']):
+            width = arch['embed_dims'] * 2**i
+            if width % heads:
+                divisors = [n for n in range(1, width + 1) if width % n == 0]
+                raise ValueError(
+                    f'num_heads of arch must divide the width of each level: {heads} heads do not divide the '
+                    f'{width} channels of level {i}; legal are {divisors}'
+                )
+        return arch
+
+    def _absolute_indices(self, out_indices: int | Sequence[int] | None) -> tuple[int, ...]:
+        last = NUM_LEVELS - 1
+        if out_indices is None:
+            return (last,) if self.out_type == 'avg_featmap' else tuple(range(NUM_LEVELS))
+        given = (out_indices,) if isinstance(out_indices, int) else tuple(out_indices)
+        indices = tuple(i + NUM_LEVELS if i < 0 else i for i in given)
+        if not indices or list(indices) != sorted(set(indices)) or not 0 <= indices[0] <= indices[-1] <= last:
+            raise ValueError(f'out_indices must rise within 0 to {last}, got {out_indices}')
+        if self.out_type == 'avg_featmap' and indices != (last,):
+            raise ValueError(f"out_type='avg_featmap' is of the last level: set out_indices=({last},), not {given}")
+        return indices
+
+    @property
+    def out_channels(self) -> tuple[int, ...]:
+        """Channels of each output."""
+        return tuple(self.embed_dims * 2**i for i in self.out_indices)
+
+    @property
+    def out_strides(self) -> tuple[int, ...]:
+        """Stride of each output map, pixels."""
+        return tuple(4 * 2**i for i in self.out_indices)
+
+    # ---- parameters
+
+    def init_weights(self) -> None:
+        """Initialise all parameters, then load what ``init_cfg`` names."""
+        if not self.is_init:
+            for module in self.modules():
+                if isinstance(module, WindowBlock):
+                    module.init_weights()
+                elif isinstance(module, nn.Conv2d | _BatchNorm | LayerNorm2d):
+                    module.reset_parameters()
+        super().init_weights()
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters, other than biases, norms and scales, to which no weight decay applies."""
+        return {name for name, _ in self.named_parameters() if name.rpartition('.')[2] in ('A_log', 'D')}
+
+    def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
+        """Depth of a parameter for layer-wise learning rates.
+
+        Args:
+            param_name: name of the parameter.
+            prefix: what stands before this module's names in it.
+
+        Returns:
+            The depth, and the number of depths: 0 is the stem, i + 1 block i counted through all levels (a level's
+            down-sampling belongs to its last block), the last the norms of the outputs and all that follows the
+            backbone.
+        """
+        num_depths = sum(self.depths) + 2
+        parts = param_name.removeprefix(prefix).split('.') if param_name.startswith(prefix) else ['']
+        if parts[0] == 'patch_embed':
+            return 0, num_depths
+        if parts[0] == 'levels':
+            level = int(parts[1])
+            block = int(parts[3]) if parts[2] == 'blocks' else self.depths[level] - 1
+            return sum(self.depths[:level]) + block + 1, num_depths
+        return num_depths - 1, num_depths
+
+    def _frozen_modules(self) -> list[nn.Module]:
+        return [self.patch_embed, *self.levels[: self.frozen_stages]] if self.frozen_stages >= 0 else []
+
+    def train(self, mode: bool = True):
+        """Set training mode; frozen stages, and with ``norm_eval`` all BatchNorm layers, stay in evaluation mode."""
+        super().train(mode)
+        for module in self._frozen_modules():
+            module.eval()
+        if self.norm_eval:
+            for module in self.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+        return self
+
+    # ---- forward
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Image (B, channels, H, W) -> one output per entry of out_indices, see ``out_type``.
+
+        Raises:
+            ValueError: if a side of the image is shorter than the stem's stride.
+        """
+        if min(x.shape[-2:]) < 4:
+            raise ValueError(
+                f'the image has {x.shape[-2]}x{x.shape[-1]} pixels; each side must be at least 4, the stride of the '
+                'stem: enlarge or pad it'
+            )
+        x = self.patch_embed(x)
+        outputs = []
+        for i, level in enumerate(self.levels):
+            x = level(x)
+            if i in self.out_indices:
+                outputs.append(self._read_out(x, i))
+            if i < len(self.levels) - 1:
+                x = level.downsample(x)
+        return tuple(outputs)
+
+    def _read_out(self, x: Tensor, level: int) -> Tensor:
+        if self.out_type == 'raw':
+            return x
+        if self.out_type == 'avg_featmap':
+            return self.norm(x).mean((2, 3))
+        return getattr(self, f'outnorm{level}')(x)

@@ -1,0 +1,144 @@
+"""The two token mixers of MambaVision: a selective scan beside a branch without one, and self-attention."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ssm_kernels import causal_conv1d, same_conv1d, selective_scan
+
+# B batch, L tokens, D width, E = D / 2 width of a branch, N state size, R rank of delta
+
+CONVS = {'same': same_conv1d, 'causal': causal_conv1d}
+MERGES = ('concat', 'gate')
+DT_INITS = ('published', 'mamba')
+
+
+class MambaVisionMixer(nn.Module):
+    """Mixer of MambaVision (arXiv 2407.08083, section 3), with the parameter names of its checkpoints.
+
+    Half of the channels pass a convolution, SiLU and the scan, the other half a convolution and SiLU; the result of
+    both is projected. The options other than the defaults are the steps from Mamba's own mixer to this one.
+
+    Args:
+        embed_dims: width D, even.
+        d_state: state size N.
+        d_conv: width of the depthwise convolutions.
+        dt_rank: rank R of delta; ceil(D / 16) if None.
+        conv: 'same', regular convolutions, or 'causal' ones.
+        symmetric: whether the branch without a scan has a convolution too.
+        merge: 'concat' of the branches, or 'gate', the scan's result times the other branch.
+        dt_init: 'published', delta's projection like every other linear layer: normal weights, zero bias; or 'mamba',
+            a bias by which the first deltas lie between 1e-3 and 1e-1.
+        scan_backend: backend of ssm_kernels; the fastest that can run if None.
+    """
+
+    def __init__(
+        self,
+        embed_dims: int,
+        d_state: int = 8,
+        d_conv: int = 3,
+        dt_rank: int | None = None,
+        conv: str = 'same',
+        symmetric: bool = True,
+        merge: str = 'concat',
+        dt_init: str = 'published',
+        scan_backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value, legal in (('conv', conv, CONVS), ('merge', merge, MERGES), ('dt_init', dt_init, DT_INITS)):
+            if value not in legal:
+                raise ValueError(f'{name} must be one of {tuple(legal)}, got {value!r}')
+        self.d_state = d_state
+        self.dt_rank = dt_rank or math.ceil(embed_dims / 16)
+        self.conv = conv
+        self.symmetric = symmetric
+        self.merge = merge
+        self.dt_init = dt_init
+        self.scan_backend = scan_backend
+        inner = embed_dims // 2
+
+        self.in_proj = nn.Linear(embed_dims, 2 * inner, bias=False)
+        self.conv1d_x = nn.Conv1d(inner, inner, d_conv, groups=inner, bias=False)
+        if symmetric:
+            self.conv1d_z = nn.Conv1d(inner, inner, d_conv, groups=inner, bias=False)
+        self.x_proj = nn.Linear(inner, self.dt_rank + 2 * d_state, bias=False)
+        self.dt_proj = nn.Linear(self.dt_rank, inner)
+        self.A_log = nn.Parameter(torch.empty(inner, d_state))
+        self.D = nn.Parameter(torch.empty(inner))
+        self.out_proj = nn.Linear(2 * inner if merge == 'concat' else inner, embed_dims, bias=False)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Initialise as the published models were, see ``dt_init``."""
+        for module in self.children():
+            module.reset_parameters()
+            if isinstance(module, nn.Linear):
+                init_linear(module)
+        if self.dt_init == 'mamba':
+            nn.init.uniform_(self.dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
+            dt = torch.empty_like(self.dt_proj.bias).uniform_(math.log(1e-3), math.log(1e-1)).exp_()
+            # The bias counts twice, hence half of the inverse of softplus.
+            self.dt_proj.bias.copy_((dt + torch.log(-torch.expm1(-dt))) / 2)
+        self.A_log.copy_(torch.arange(1, self.d_state + 1).log().expand_as(self.A_log))
+        self.D.fill_(1.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens (B, L, D) -> tokens (B, L, D)."""
+        convolve = CONVS[self.conv]
+        xz = self.in_proj(x)
+        if self.symmetric:
+            weight = torch.cat((self.conv1d_x.weight, self.conv1d_z.weight))
+            x, z = convolve(xz, weight.squeeze(1)).chunk(2, dim=-1)
+        else:
+            x, z = xz.chunk(2, dim=-1)
+            x, z = convolve(x, self.conv1d_x.weight.squeeze(1)), F.silu(z)
+        dt, B, C = self.x_proj(x).split((self.dt_rank, self.d_state, self.d_state), dim=-1)
+        y = selective_scan(
+            x,
+            F.linear(dt, self.dt_proj.weight),
+            -self.A_log.float().exp(),
+            B,
+            C,
+            self.D.float(),
+            # In the published models the projection adds its bias and the scan adds it again.
+            dt_bias=2 * self.dt_proj.bias.float(),
+            dt_softplus=True,
+            backend=self.scan_backend,
+        )
+        return self.out_proj(torch.cat((y, z), dim=-1) if self.merge == 'concat' else y * z)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention through PyTorch's scaled_dot_product_attention.
+
+    Args:
+        embed_dims: width D.
+        num_heads: heads; they divide D.
+    """
+
+    def __init__(self, embed_dims: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(embed_dims, 3 * embed_dims)
+        self.proj = nn.Linear(embed_dims, embed_dims)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Initialise both projections."""
+        init_linear(self.qkv)
+        init_linear(self.proj)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens (B, L, D) -> tokens (B, L, D)."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def init_linear(linear: nn.Linear) -> None:
+    """Weights from the truncated normal of standard deviation 0.02, zero bias."""
+    nn.init.trunc_normal_(linear.weight, std=0.02)
+    if linear.bias is not None:
+        nn.init.zeros_(linear.bias)
