@@ -180,6 +180,16 @@ def splat(typingctx, x):
 
 
 @intrinsic
+def splat_half(typingctx, x):
+    def emit(context, builder, sig, args):
+        undef = ir.Constant(_ir(HVEC), ir.Undefined)
+        first = builder.insert_element(undef, builder.fptrunc(args[0], F32), ir.Constant(I32, 0))
+        return builder.shuffle_vector(first, undef, ir.Constant(_ir(HVEC, I32), [0] * HALF))
+
+    return HVEC(types.float64), emit
+
+
+@intrinsic
 def broadcast(typingctx, address):
     """The float at an address in every lane."""
 

@@ -35,8 +35,25 @@ def _load_triton() -> Callable:
     return causal_conv1d_triton
 
 
+def _numba_why_not(x: Tensor, width: int) -> str | None:
+    if x.device.type != 'cpu':
+        return f'tensors are on {x.device.type}; Numba runs on the cpu'
+    if x.dtype == torch.float64:
+        return 'the kernel computes in float32, the tensors are float64'
+    if missing_package('numba'):
+        return 'numba is not installed (pip install numba)'
+    return None
+
+
+def _load_numba() -> Callable:
+    from .cpu import causal_conv1d_numba
+
+    return causal_conv1d_numba
+
+
 BACKENDS = (
     Backend('triton', _triton_why_not, _load_triton),
+    Backend('numba', _numba_why_not, _load_numba),
     Backend('torch', lambda x, width: None, lambda: causal_conv1d_reference),
 )
 
@@ -74,7 +91,7 @@ def causal_conv1d(
     op = 'causal_conv1d'
     _check(op, (), x, weight, bias)
     weight, bias = _with_direction(weight, bias)
-    return _run(op, backend, x, weight, bias, 'anticausal' if reverse else 'causal', activation)[0]
+    return _run(op, backend, x, weight, bias, 'anticausal' if reverse else 'causal', activation).squeeze(0)
 
 
 def bidirectional_causal_conv1d(
@@ -126,7 +143,7 @@ def same_conv1d(
     op = 'same_conv1d'
     _check(op, (), x, weight, bias)
     weight, bias = _with_direction(weight, bias)
-    return _run(op, backend, x, weight, bias, 'same', activation)[0]
+    return _run(op, backend, x, weight, bias, 'same', activation).squeeze(0)
 
 
 def causal_conv1d_fn(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None) -> Tensor:
@@ -148,7 +165,7 @@ def causal_conv1d_fn(x: Tensor, weight: Tensor, bias: Tensor | None = None, acti
     _check(op, (), x, weight, bias, channels_first=True)
     weight, bias = _with_direction(weight, bias)
     activation = 'silu' if activation == 'swish' else activation
-    return _run(op, None, x.transpose(1, 2), weight, bias, 'causal', activation)[0].transpose(1, 2).contiguous()
+    return _run(op, None, x.transpose(1, 2), weight, bias, 'causal', activation).squeeze(0).transpose(1, 2).contiguous()
 
 
 def _with_direction(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

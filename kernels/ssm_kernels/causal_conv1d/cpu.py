@@ -1,0 +1,102 @@
+"""The depthwise convolution on a CPU: host side of the Numba kernel and the PyTorch custom operators."""
+
+# K directions (1 or 2), B batch, L tokens, D channels, W width
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..cpu_threads import address, empty, rows, whole
+from . import cpu_kernel
+
+
+def _fields(x: Tensor, weight: Tensor, bias: Tensor | None, padding: str, silu: bool) -> dict[str, int]:
+    batch, length, dim = x.shape
+    return {
+        'K': weight.shape[0], 'B': batch, 'L': length, 'D': dim, 'W': weight.shape[2], 'silu': silu,
+        'reverse': padding == 'anticausal', 'same': padding == 'same', 'x': x.data_ptr(), 'x_b': 4 * x.stride(0),
+        'x_l': 4 * x.stride(1), 'weight': weight.data_ptr(), 'bias': address(bias),
+    }  # fmt: skip
+
+
+def _tasks(x: Tensor) -> int:
+    return x.shape[0] * -(-x.shape[1] // cpu_kernel.BLOCK)
+
+
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, padding: str, silu: bool) -> Tensor:
+    dtype = x.dtype
+    x, weight, bias = rows(x), whole(weight), whole(bias)
+    y = empty(weight.shape[0], *x.shape)
+    fields = _fields(x, weight, bias, padding, silu) | {'y': y.data_ptr()}
+    cpu_kernel.forward(cpu_kernel.scratch_bytes(), _tasks(x), fields)
+    return y.to(dtype)
+
+
+def _backward(
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, padding: str, silu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype, dtype_w, dtype_b = x.dtype, weight.dtype, None if bias is None else bias.dtype
+    dy, x, weight, bias = whole(dy), rows(x), whole(weight), whole(bias)
+    dx = empty(*x.shape)
+    dweight, dbias = empty(_tasks(x), *weight.shape), empty(_tasks(x), *weight.shape[:2])
+    fields = _fields(x, weight, bias, padding, silu) | {
+        'dy': dy.data_ptr(), 'dx': dx.data_ptr(), 'dweight': dweight.data_ptr(), 'dbias': dbias.data_ptr()
+    }  # fmt: skip
+    cpu_kernel.backward(cpu_kernel.scratch_bytes(), _tasks(x), fields)
+    dbias = x.new_empty(0) if bias is None else dbias.sum(0).to(dtype_b)
+    return dx.to(dtype), dweight.sum(0).to(dtype_w), dbias
+
+
+forward_op = torch.library.custom_op(
+    'ssm_kernels::causal_conv1d_numba',
+    _forward,
+    mutates_args=(),
+    device_types='cpu',
+    schema='(Tensor x, Tensor weight, Tensor? bias, str padding, bool silu) -> Tensor',
+)
+backward_op = torch.library.custom_op(
+    'ssm_kernels::causal_conv1d_numba_backward',
+    _backward,
+    mutates_args=(),
+    device_types='cpu',
+    schema='(Tensor dy, Tensor x, Tensor weight, Tensor? bias, str padding, bool silu) -> (Tensor, Tensor, Tensor)',
+)
+
+
+@forward_op.register_fake
+def _forward_fake(x, weight, bias, padding, silu):
+    return x.new_empty(weight.shape[0], *x.shape)
+
+
+@backward_op.register_fake
+def _backward_fake(dy, x, weight, bias, padding, silu):
+    return (
+        x.new_empty(x.shape),
+        weight.new_empty(weight.shape),
+        x.new_empty(0) if bias is None else bias.new_empty(bias.shape),
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, bias, *ctx.options = inputs
+    ctx.save_for_backward(x, weight, bias)
+
+
+def _autograd(ctx, dy):
+    x, weight, bias = ctx.saved_tensors
+    dx, dweight, dbias = backward_op(dy, x, weight, bias, *ctx.options)
+    return dx, dweight, None if bias is None else dbias, None, None
+
+
+def _no_second_derivative(ctx, *grads):
+    raise RuntimeError("causal_conv1d: backend 'numba' has no second derivative; take backend='torch'")
+
+
+forward_op.register_autograd(_autograd, setup_context=_setup_context)
+backward_op.register_autograd(_no_second_derivative)
+
+
+def causal_conv1d_numba(x: Tensor, weight: Tensor, bias: Tensor | None, padding: str, silu: bool) -> Tensor:
+    """As :func:`causal_conv1d_reference`."""
+    return forward_op(x, weight, bias, padding, silu)

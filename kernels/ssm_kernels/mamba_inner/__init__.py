@@ -1,0 +1,156 @@
+"""All that stands between the two projections of a Mamba mixer: convolution, (dt, B, C), selective scan, gate.
+
+Source: Mamba, arXiv 2312.00752, figure 3 and algorithm 2; both directions: Vision Mamba, arXiv 2401.09417, algorithm 1.
+"""
+
+# K directions (1 or 2), B batch, L tokens, D channels, N state size, R rank of dt, W width
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..arguments import autocast_dtype, check_beside, check_tensor, fail, parameter_dtypes, shape_of
+from ..dispatch import Backend, choose_backend, missing_package
+from .composed import mamba_inner_composed
+
+MAX_WIDTH = 4
+
+
+class DirectionWeights(NamedTuple):
+    """Parameters of one direction.
+
+    Attributes:
+        conv_weight: (D, W) of the depthwise convolution, W from 2 to 4.
+        conv_bias: (D) or None.
+        x_proj: (R + 2N, D): u to (dt, B, C), in this order.
+        dt_proj: (D, R).
+        A: (D, N), negative.
+        D: (D) skip connection, or None.
+        dt_bias: (D), added before softplus, or None.
+    """
+
+    conv_weight: Tensor
+    conv_bias: Tensor | None
+    x_proj: Tensor
+    dt_proj: Tensor
+    A: Tensor
+    D: Tensor | None
+    dt_bias: Tensor | None
+
+
+OPTIONAL = ('conv_bias', 'D', 'dt_bias')
+
+
+def _numba_why_not(x: Tensor, n: int) -> str | None:
+    if x.device.type != 'cpu':
+        return f'tensors are on {x.device.type}; Numba runs on the cpu'
+    if x.dtype == torch.float64:
+        return 'the kernel computes in float32, the tensors are float64'
+    if missing_package('numba'):
+        return 'numba is not installed (pip install numba)'
+    return None
+
+
+def _load_numba() -> Callable:
+    from .cpu import mamba_inner_numba
+
+    return mamba_inner_numba
+
+
+FUSED = (Backend('numba', _numba_why_not, _load_numba),)
+
+
+def mamba_inner(
+    x: Tensor,
+    z: Tensor | None,
+    weights: Sequence[DirectionWeights],
+    *,
+    scale: float = 1.0,
+    reverse: bool = False,
+    padding: str = 'causal',
+    backend: str | None = None,
+) -> Tensor:
+    """``u = silu(conv(x))``, ``(dt, B, C) = x_proj u``, scan with ``softplus(dt_proj dt + dt_bias)``, gate with z.
+
+    With two directions the second convolves, and scans, from the last token to the first; the results are added before
+    the gate. Where no gradient is needed one fused kernel runs, on the devices that have one; otherwise this is
+    composed of the convolutions and scans of this package, with the same result up to rounding.
+
+    Args:
+        x: (B, L, D), float32, float16, bfloat16 or float64; the result has this dtype. Strides of B and L are free.
+            Under autocast float32 tensors are taken in the autocast dtype; weights of convolution and scan keep theirs.
+        z: gate (B, L, D), dtype of x; None for no gate.
+        weights: parameters of one or two directions, float32 or dtype of x.
+        scale: factor of the result, 0.5 for the mean of two directions.
+        reverse: with one direction, convolve and scan from the last token to the first.
+        padding: 'causal', or 'same' (PyTorch's; one direction only).
+        backend: 'triton', 'numba' or 'torch'; None takes the first that can run these tensors.
+
+    Returns:
+        (B, L, D).
+
+    Raises:
+        ValueError: if a shape, dtype, device or option does not fit, naming the argument; or for an unknown backend.
+        RuntimeError: if the forced backend cannot run these tensors, with its reason.
+    """
+    op = 'mamba_inner'
+    weights = [DirectionWeights(*w) for w in weights]
+    _check(op, x, z, weights, reverse, padding)
+    low = autocast_dtype(x)
+    if low is not None:
+        x, z = x.to(low), None if z is None else z.to(low)
+    if backend in (None, 'numba') and not _needs_grad(x, z, weights):
+        fused = FUSED[0]
+        if backend is not None or fused.why_not(x, weights[0].A.shape[1]) is None:
+            run = choose_backend(op, FUSED, backend, x, weights[0].A.shape[1]).load()
+            return run(x, z, weights, scale, reverse, padding)
+    return mamba_inner_composed(x, z, weights, scale, reverse, padding, backend)
+
+
+def _needs_grad(x: Tensor, z: Tensor | None, weights: list[DirectionWeights]) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    return any(t is not None and t.requires_grad for t in (x, z, *(t for w in weights for t in w)))
+
+
+def _check(op: str, x: Tensor, z: Tensor | None, weights: list[DirectionWeights], reverse: bool, padding: str) -> None:
+    """Raises ValueError at the first argument that does not fit, with both shapes and what is legal."""
+    check_tensor(op, 'x', x)
+    if x.dim() != 3:
+        fail(op, 'x', f'has shape {shape_of(x)}, must be (B, L, D)')
+    if z is not None:
+        check_beside(op, 'z', z, x, (x.dtype,) if autocast_dtype(x) is None else parameter_dtypes(x))
+        if z.shape != x.shape:
+            fail(op, 'z', f'has shape {shape_of(z)}, must equal that of x, {shape_of(x)}')
+    if padding not in ('causal', 'same'):
+        fail(op, 'padding', f"must be 'causal' or 'same', got {padding!r}")
+    if len(weights) not in (1, 2):
+        fail(op, 'weights', f'has {len(weights)} directions, must have 1 or 2')
+    if len(weights) == 2 and (reverse or padding == 'same'):
+        fail(op, 'reverse' if reverse else 'padding', 'is for one direction, weights has 2')
+    if reverse and padding == 'same':
+        fail(op, 'reverse', "is for padding='causal'")
+    dim, legal = x.shape[2], parameter_dtypes(x)
+    for k, w in enumerate(weights):
+        where = f'weights[{k}].'
+        for name, tensor in zip(w._fields, w, strict=True):
+            if tensor is not None or name not in OPTIONAL:
+                check_beside(op, where + name, tensor, x, legal)
+        first = weights[0]
+        n = first.A.shape[1] if first.A.dim() == 2 else 0
+        rank = first.dt_proj.shape[1] if first.dt_proj.dim() == 2 else 0
+        width = first.conv_weight.shape[1] if first.conv_weight.dim() == 2 else 0
+        if not 2 <= width <= MAX_WIDTH:
+            fail(
+                op,
+                f'{where}conv_weight',
+                f'has shape {shape_of(w.conv_weight)}, must be ({dim}, W), W 2 to {MAX_WIDTH}',
+            )
+        wanted = DirectionWeights((dim, width), (dim,), (rank + 2 * n, dim), (dim, rank), (dim, n), (dim,), (dim,))
+        for name, tensor, shape in zip(w._fields, w, wanted, strict=True):
+            if tensor is not None and tensor.shape != shape:
+                fail(op, where + name, f'has shape {shape_of(tensor)}, must be {shape} for x of shape {shape_of(x)}')

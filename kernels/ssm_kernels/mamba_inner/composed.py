@@ -1,0 +1,56 @@
+"""The part of a Mamba mixer between its projections, composed of the ops of this package: any backend, trainable."""
+
+# B batch, L tokens, D channels, N state size, R rank of dt, W width
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..causal_conv1d import bidirectional_causal_conv1d, causal_conv1d, same_conv1d
+from ..selective_scan import bidirectional_selective_scan, selective_scan
+
+if TYPE_CHECKING:
+    from . import DirectionWeights
+
+
+def mamba_inner_composed(
+    x: Tensor,
+    z: Tensor | None,
+    weights: Sequence[DirectionWeights],
+    scale: float,
+    reverse: bool,
+    padding: str,
+    backend: str | None,
+) -> Tensor:
+    """One convolution, one product with x_proj and dt_proj, and one scan for all directions; see ``mamba_inner``."""
+    if len(weights) == 1:
+        return _one(x, z, weights[0], scale, reverse, padding, backend)
+    conv, conv_bias, x_proj, dt_proj, A, D, dt_bias = (
+        None if ws[0] is None else torch.stack(ws) for ws in zip(*weights, strict=True)
+    )
+    u = bidirectional_causal_conv1d(x, conv, conv_bias, backend=backend)
+    rank, n = dt_proj.shape[2], A.shape[2]
+    rows = u.flatten(1, 2) @ x_proj.transpose(1, 2)
+    dt, B, C = rows.split((rank, n, n), dim=-1)
+    dt = (dt @ dt_proj.transpose(1, 2)).view_as(u)
+    B, C = (t.unflatten(1, u.shape[1:3]) for t in (B, C))
+    return bidirectional_selective_scan(u, dt, A, B, C, D, z, dt_bias, dt_softplus=True, scale=scale, backend=backend)
+
+
+def _one(
+    x: Tensor, z: Tensor | None, w: DirectionWeights, scale: float, reverse: bool, padding: str, backend: str | None
+) -> Tensor:
+    if padding == 'same':
+        u = same_conv1d(x, w.conv_weight, w.conv_bias, backend=backend)
+    else:
+        u = causal_conv1d(x, w.conv_weight, w.conv_bias, reverse=reverse, backend=backend)
+    n = w.A.shape[1]
+    dt, B, C = F.linear(u, w.x_proj).split((w.dt_proj.shape[1], n, n), dim=-1)
+    dt = F.linear(dt, w.dt_proj)
+    y = selective_scan(u, dt, w.A, B, C, w.D, z, w.dt_bias, dt_softplus=True, reverse=reverse, backend=backend)
+    return y if scale == 1.0 else y * scale
