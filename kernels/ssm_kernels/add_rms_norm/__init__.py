@@ -37,8 +37,25 @@ def _load_triton() -> Callable:
     return add_rms_norm_triton
 
 
+def _numba_why_not(x: Tensor, dim: int) -> str | None:
+    if x.device.type != 'cpu':
+        return f'tensors are on {x.device.type}; Numba runs on the cpu'
+    if x.dtype == torch.float64:
+        return 'the kernel computes in float32, the tensors are float64'
+    if missing_package('numba'):
+        return 'numba is not installed (pip install numba)'
+    return None
+
+
+def _load_numba() -> Callable:
+    from .cpu import add_rms_norm_numba
+
+    return add_rms_norm_numba
+
+
 BACKENDS = (
     Backend('triton', _triton_why_not, _load_triton),
+    Backend('numba', _numba_why_not, _load_numba),
     Backend('torch', lambda x, dim: None, lambda: add_rms_norm_reference),
 )
 
