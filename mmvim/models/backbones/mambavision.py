@@ -215,14 +215,14 @@ class Level(nn.Module):
 @contextmanager
 def _statistics_kept(block: nn.Module) -> Iterator[None]:
     """Within it BatchNorm does not count a batch again that it has seen."""
-    norms = [m for m in block.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-    for norm in norms:
-        norm.track_running_stats = False
+    norms = [(m, m.momentum, m.num_batches_tracked) for m in block.modules() if isinstance(m, _BatchNorm)]
+    for norm, _, _ in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, None
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, momentum, count in norms:
+            norm.momentum, norm.num_batches_tracked = momentum, count
 
 
 @MODELS.register_module()
