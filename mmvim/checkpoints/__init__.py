@@ -1,9 +1,10 @@
 """Reading published checkpoints safely and fitting them to the models here."""
 
+from mmvim.checkpoints.classifier import to_classifier
 from mmvim.checkpoints.fitting import Conversion, LoadReport, compare, convert_on_load
 from mmvim.checkpoints.mambavision import load_published_mambavision, mambavision_state_dict
 from mmvim.checkpoints.reading import find_state_dict, read_checkpoint, read_state_dict
-from mmvim.checkpoints.vim import load_published_vim, to_classifier, vim_state_dict
+from mmvim.checkpoints.vim import load_published_vim, vim_state_dict
 
 __all__ = [
     'Conversion',

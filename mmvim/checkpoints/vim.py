@@ -1,6 +1,5 @@
 """Published Vim weights (hustvl/Vim) and our own, fitted to a VisionMamba of another size, grid or read-out."""
 
-import re
 from collections import OrderedDict
 from collections.abc import Mapping
 
@@ -14,9 +13,6 @@ from mmvim.errors import CheckpointError
 
 METADATA = 'mmvim'
 ARCH_OF_WIDTH = {192: 'tiny', 384: 'small', 768: 'base'}
-
-# a published classifier -> mmpretrain's ImageClassifier with a LinearClsHead
-CLASSIFIER_RENAMES = ((r'^head\.', 'head.fc.'), (r'^(?!head\.)', 'backbone.'))
 
 
 def class_token_names(layout: str | None) -> tuple[str, ...]:
@@ -212,15 +208,3 @@ def _convert(backbone, weights: Mapping[str, Tensor], metadata: Mapping) -> Conv
 
 def _explain(backbone, weights: Mapping[str, Tensor]) -> list[str]:
     return explain_vim(weights, backbone.state_dict(), backbone.depth)
-
-
-def to_classifier(state_dict: Mapping[str, Tensor]) -> OrderedDict[str, Tensor]:
-    """Weights of a published classifier under the names of mmpretrain's ImageClassifier with a LinearClsHead."""
-    renamed = OrderedDict()
-    for name, value in state_dict.items():
-        for pattern, replacement in CLASSIFIER_RENAMES:
-            if re.search(pattern, name):
-                name = re.sub(pattern, replacement, name)
-                break
-        renamed[name] = value
-    return renamed

@@ -7,7 +7,7 @@ from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
-from mmvim.checkpoints import Conversion, compare, find_state_dict
+from mmvim.checkpoints import Conversion, compare, find_state_dict, to_classifier
 from mmvim.errors import CheckpointError, ConfigError
 from mmvim.registry import HOOKS
 
@@ -66,7 +66,8 @@ class CheckpointFitHook(Hook):
     """Refuse a checkpoint that belongs to another model.
 
     For tests and when a run is resumed every parameter must be there in its shape. To start a training from, a
-    checkpoint may have other heads, but half of the model's parameters must fit.
+    checkpoint may have other heads, but half of the model's parameters must fit. A published classifier, which has no
+    name for its backbone, is taken as backbone and head.
     """
 
     priority = 'LOWEST'
@@ -74,6 +75,8 @@ class CheckpointFitHook(Hook):
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Compare names and shapes before anything is loaded."""
         model, found = unwrapped(runner.model), find_state_dict(checkpoint, runner._load_from)
+        if hasattr(model, 'backbone') and not any(name.startswith('backbone.') for name in found):
+            found = checkpoint['state_dict'] = to_classifier(found)
         strict = runner._resume or getattr(runner, 'testing', False)
         report = compare(_convert_backbone(model, found, strict), model.state_dict())
         enough = len(report.loaded) * 2 >= len(model.state_dict())
