@@ -8,11 +8,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from tolerance import deviations, error  # noqa: F401  (tests and benchmarks take error from here)
 from torch import Tensor
 
 from ssm_kernels import bidirectional_selective_scan, selective_scan
-
-FLOOR = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}  # of the largest value
 
 
 @dataclass(frozen=True)
@@ -118,25 +117,13 @@ def run(case: Case, inputs: dict[str, Tensor], dtype: torch.dtype, backend: str)
     return outputs | {f'd{name}': g for name, g in zip(given, grads, strict=True)}
 
 
-def error(x: Tensor, exact: Tensor) -> float:
-    """Largest deviation as a share of the largest exact value."""
-    return ((x.double() - exact).abs().max() / exact.abs().max().clamp_min(1e-30)).item()
-
-
 def problems(case: Case, backend: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> list[str]:
     """Outputs and gradients that are off by more than twice what plain PyTorch loses in this dtype, by name."""
     inputs = make_inputs(case, seed)
     exact = run(case, inputs, torch.float64, 'torch')
     plain = run(case, inputs, dtype, 'torch')
     ours = run(case, inputs, dtype, backend)
-    found = []
-    for name, x in ours.items():
-        off, allowed = error(x, exact[name]), max(2 * error(plain[name], exact[name]), FLOOR[dtype])
-        if x.dtype != plain[name].dtype or x.shape != plain[name].shape:
-            found.append(f'{name}: {x.dtype} {tuple(x.shape)}, must be {plain[name].dtype} {tuple(plain[name].shape)}')
-        elif not off <= allowed:
-            found.append(f'{name}: error {off:.2e}, allowed {allowed:.2e}')
-    return found
+    return deviations(ours, plain, exact, dtype)
 
 
 def yardstick(

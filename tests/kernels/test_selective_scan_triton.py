@@ -1,106 +1,45 @@
-"""The Triton selective scan against the float64 reference: in Triton's interpreter, and on a GPU where there is one.
-
-The interpreter must be chosen before Triton is imported, so one test starts a second pytest on this file with
-TRITON_INTERPRET=1. There, tensors are on the CPU; on a GPU the same tests run in the first process.
-"""
+"""The Triton selective scan against the float64 reference: in Triton's interpreter, and on a GPU where there is one."""
 
 # K directions, B batch, L tokens, D channels, N state size, G groups of channels
 
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
+import importlib
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from ssm_kernels import bidirectional_selective_scan, selective_scan
-from ssm_kernels.dispatch import Backend
 
-triton = pytest.importorskip('triton')
+pytest.importorskip('triton')
+import cases  # noqa: E402
+from cases import Case  # noqa: E402
+from triton_runs import (  # noqa: E402
+    DEVICE,
+    poison,
+    put_triton_first,
+    run_in_interpreter,
+    skip_in_interpreter,
+    where_it_runs,
+)
+
 from ssm_kernels.selective_scan import gpu  # noqa: E402
 
 scan_module = importlib.import_module('ssm_kernels.selective_scan')  # the package's attribute is the function
 
-INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
-DEVICE = 'cpu' if INTERPRETED else 'xpu' if torch.xpu.is_available() else 'cuda'
-where_it_runs = pytest.mark.usefixtures('poisoned_memory') if INTERPRETED else pytest.mark.gpu
 
-_spec = importlib.util.spec_from_file_location(
-    'ssm_cases', Path(__file__).parents[2] / 'kernels' / 'benchmarks' / 'cases.py'
-)
-cases = sys.modules['ssm_cases'] = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(cases)
-Case = cases.Case
-
-if INTERPRETED:
-    from triton.runtime import interpreter
-
-    # Triton 3.9 patches its language modules anew at every call of a helper: 3/4 of the time; once a launch is enough
-    _patched = set()
-    _launch = interpreter.GridExecutor.__call__
-    _trunc = interpreter.InterpreterBuilder.create_fp_trunc
-
-    def _call(self, *args, **kwargs):
-        if id(self.fn.__globals__) not in _patched:
-            interpreter._patch_lang(self.fn)
-            _patched.add(id(self.fn.__globals__))
-        return self.rewrite()(*args, **kwargs)
-
-    def _launch_once(self, *args, **kwargs):
-        _patched.clear()
-        return _launch(self, *args, **kwargs)
-
-    def _round_to_bfloat16(self, src, dst_type):
-        # the interpreter cuts off the lower bits, hardware rounds
-        if dst_type.scalar.name == 'bf16':
-            half = torch.from_numpy(src.data.copy()).bfloat16().view(torch.int16).numpy()
-            return interpreter.TensorHandle(half.view('uint16'), dst_type.scalar)
-        return _trunc(self, src, dst_type)
-
-    interpreter.InterpretedFunction.__call__ = _call
-    interpreter.GridExecutor.__call__ = _launch_once
-    interpreter.InterpreterBuilder.create_fp_trunc = _round_to_bfloat16
-
-
-@pytest.mark.skipif(INTERPRETED, reason='this is the process that it starts')
+@skip_in_interpreter
 def test_in_the_interpreter():
-    result = subprocess.run(
-        [sys.executable, '-m', 'pytest', __file__, '-q', '--durations=5', '-p', 'no:cacheprovider'],
-        env=os.environ | {'TRITON_INTERPRET': '1', 'OMP_NUM_THREADS': '1'},
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    print(result.stdout)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert ' passed' in result.stdout and ' failed' not in result.stdout
+    run_in_interpreter(__file__)
 
 
 @pytest.fixture
 def poisoned_memory(monkeypatch):
-    monkeypatch.setattr(
-        gpu, 'empty', lambda shape, dtype, like: torch.full(shape, float('nan'), dtype=dtype, device=like.device)
-    )
+    poison(monkeypatch, gpu)
 
 
 @pytest.fixture(autouse=True)
 def triton_row(monkeypatch):
-    """The table's row for Triton, taking tensors on the CPU as well; counts its calls."""
-    calls = []
-
-    def run(*args):
-        calls.append(args[0].shape)
-        moved = [x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in args]
-        y, state = gpu.selective_scan_triton(*moved)
-        return y.to(args[0].device), state.to(args[0].device)
-
-    row = Backend('triton', lambda u, n: None, lambda: run)
-    monkeypatch.setattr(scan_module, 'BACKENDS', (row, *(b for b in scan_module.BACKENDS if b.name != 'triton')))
-    return calls
+    return put_triton_first(monkeypatch, scan_module, gpu.selective_scan_triton)
 
 
 @pytest.fixture
@@ -159,7 +98,7 @@ def test_low_precision_outputs_and_gradients(case, dtype, triton_row):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(INTERPRETED, reason='hours in the interpreter')
+@skip_in_interpreter
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize('case', cases.CASES, ids=str)
 def test_shared_cases(case, dtype):

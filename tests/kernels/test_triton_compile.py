@@ -4,7 +4,7 @@ The host functions run on CPU tensors with a driver that only names its target, 
 arguments are specialised as on a device. Register tables are printed (pytest -s, or the report of a failure).
 """
 
-# K directions, B batch, L tokens, D channels, N state size
+# K directions, B batch, L tokens, D channels, N state size, W width
 
 import os
 import re
@@ -19,6 +19,8 @@ triton = pytest.importorskip('triton')
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime.driver import driver  # noqa: E402
 
+from ssm_kernels.add_rms_norm import gpu as norm_gpu  # noqa: E402
+from ssm_kernels.causal_conv1d import gpu as conv_gpu  # noqa: E402
 from ssm_kernels.selective_scan import gpu  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
@@ -103,7 +105,8 @@ def compile_launches(monkeypatch, tmp_path):
 
     def compile_launches(target: str, host, *args) -> list[Compiled]:
         monkeypatch.setattr(driver, '_active', NamesItsTarget(TARGETS[target]))
-        monkeypatch.setattr(gpu, 'fast_math', lambda x: target.startswith('sm'))
+        for module in (gpu, conv_gpu):
+            monkeypatch.setattr(module, 'fast_math', lambda x: target.startswith('sm'))
         monkeypatch.setattr(torch.version, 'hip', None if target.startswith('sm') else 'named by a test')
         found, real = [], triton.runtime.jit.JITFunction.run
 
@@ -242,3 +245,89 @@ def test_backward_in_chunks(target, compile_launches):
     found = compile_launches(target, backward, inputs(2, 16))
     assert [c.kernel for c in found] == ['chunk_state_kernel', 'pass_state_kernel', 'scan_backward_kernel']
     assert all(c.spilled == 0 for c in found)
+
+
+# ---- the short convolutions
+
+
+def conv_inputs(padding, W, dtype, D=384, L=64):
+    """x is one half of a projection, as in the Vim block."""
+    K = 2 if padding == 'both' else 1
+    x = torch.zeros(1, L, 2 * D, dtype=dtype)[..., :D]
+    return x, torch.zeros(K, D, W), torch.zeros(K, D), padding, True
+
+
+def conv_backward(x, weight, *rest):
+    conv_gpu._backward(torch.zeros(weight.shape[0], *x.shape, dtype=x.dtype), x, weight, *rest)
+
+
+CONV = [
+    *((target, 'both', 4, torch.bfloat16, 384) for target in TARGETS),
+    ('sm_90', 'same', 3, torch.bfloat16, 160),
+    *(
+        pytest.param(*row, marks=pytest.mark.slow)
+        for row in [
+            *((target, 'both', 4, dtype, 384) for target in TARGETS for dtype in (torch.float32, torch.float16)),
+            *((target, padding, 4, torch.bfloat16, 384) for target in TARGETS for padding in ('causal', 'anticausal')),
+            *((target, 'same', w, torch.float32, 160) for target in TARGETS for w in (2, 3)),
+            *((target, 'both', w, torch.bfloat16, 33) for target in TARGETS for w in (2, 3)),
+        ]
+    ),
+]
+
+
+@pytest.mark.parametrize(('target', 'padding', 'W', 'dtype', 'D'), CONV, ids=str)
+def test_convolution(target, padding, W, dtype, D, compile_launches):
+    x = conv_inputs(padding, W, dtype, D)
+    (forward,) = compile_launches(target, conv_gpu._forward, *x)
+    (backward,) = compile_launches(target, conv_backward, *x)
+    assert (forward.kernel, backward.kernel) == ('conv_forward_kernel', 'conv_backward_kernel')
+    assert forward.spilled == backward.spilled == 0
+    # 32 and 16 warps on a multiprocessor of NVIDIA's, 8 and 4 wavefronts on a SIMD of AMD's
+    assert forward.registers <= 64 and backward.registers <= 128
+    if target.startswith('sm') and D != 33:  # rows of 33 cannot be read two values at a time
+        K, U, lanes = x[1].shape[0], conv_gpu.UNROLL, 1 if D == 160 else 2
+        (ahead,), (back,) = forward.loops, backward.loops
+        assert ahead.count('LDG') == U  # every row once, for all taps and both directions
+        assert back.count('LDG') == U * (K + 1) and back.count('STG') == U
+        for loop in (ahead, back):
+            assert loop.count('MUFU') == U * K * lanes * 2
+            assert loop.count('SHFL', 'BAR', 'LDS', 'STS') == 0
+
+
+# ---- residual addition and RMSNorm
+
+
+def norm_forward(D, x_dtype, added, T=4096):
+    x = torch.zeros(T, D, dtype=x_dtype)
+    norm_gpu._forward(x, torch.zeros(T, D) if added else None, torch.zeros(D), 1e-5, x_dtype)
+
+
+def norm_backward(D, x_dtype, added, T=4096):
+    dout, stream = torch.zeros(T, D, dtype=x_dtype), torch.zeros(T, D)
+    norm_gpu._backward(dout, stream if added else None, stream, stream[:, 0], torch.zeros(D), x_dtype, added)
+
+
+NORM = [
+    *((target, 192, torch.bfloat16, True) for target in TARGETS),
+    ('sm_90', 768, torch.bfloat16, False),
+    *(
+        pytest.param(*row, marks=pytest.mark.slow)
+        for row in [
+            *((target, D, torch.bfloat16, True) for target in TARGETS for D in (384, 1280, 8192)),
+            *((target, D, torch.float32, added) for target in TARGETS for D, added in ((192, True), (8192, False))),
+            *((target, 33, torch.float16, True) for target in TARGETS),
+        ]
+    ),
+]
+
+
+@pytest.mark.parametrize(('target', 'D', 'dtype', 'added'), NORM, ids=str)
+def test_norm(target, D, dtype, added, compile_launches):
+    found = compile_launches(target, norm_forward, D, dtype, added)
+    found += compile_launches(target, norm_backward, D, dtype, added)
+    assert [c.kernel for c in found] == ['norm_forward_kernel', 'norm_backward_kernel']
+    for c in found:
+        assert c.spilled == 0
+        # 128: all that 16 warps can have; rows of 33 are read value by value
+        assert c.registers <= (64 if D <= 1024 and D != 33 else 128)

@@ -13,38 +13,22 @@ import torch
 from torch import Tensor
 
 from ..arguments import autocast_dtype, check_beside, check_tensor, fail, parameter_dtypes, shape_of
-from ..dispatch import Backend, choose_backend, missing_package
+from ..dispatch import Backend, choose_backend, numba_why_not, triton_why_not
 from .reference import add_rms_norm_reference
 
-MAX_TRITON_DIM = 16384
+MAX_TRITON_DIM = 8192
 
 
 def _triton_why_not(x: Tensor, dim: int) -> str | None:
-    if x.device.type not in ('cuda', 'xpu'):
-        return f'tensors are on {x.device.type}; Triton needs cuda, hip or xpu'
-    if x.dtype == torch.float64:
-        return 'the kernel computes in float32, the tensors are float64'
     if dim > MAX_TRITON_DIM:
         return f'rows have {dim} channels; the kernel takes up to {MAX_TRITON_DIM}'
-    if missing_package('triton'):
-        return 'triton is not installed (pip install triton)'
-    return None
+    return triton_why_not(x, dim)
 
 
 def _load_triton() -> Callable:
     from .gpu import add_rms_norm_triton
 
     return add_rms_norm_triton
-
-
-def _numba_why_not(x: Tensor, dim: int) -> str | None:
-    if x.device.type != 'cpu':
-        return f'tensors are on {x.device.type}; Numba runs on the cpu'
-    if x.dtype == torch.float64:
-        return 'the kernel computes in float32, the tensors are float64'
-    if missing_package('numba'):
-        return 'numba is not installed (pip install numba)'
-    return None
 
 
 def _load_numba() -> Callable:
@@ -55,7 +39,7 @@ def _load_numba() -> Callable:
 
 BACKENDS = (
     Backend('triton', _triton_why_not, _load_triton),
-    Backend('numba', _numba_why_not, _load_numba),
+    Backend('numba', numba_why_not, _load_numba),
     Backend('torch', lambda x, dim: None, lambda: add_rms_norm_reference),
 )
 

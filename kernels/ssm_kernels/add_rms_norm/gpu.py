@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..triton_utils import empty, on_device
 
-TILE = 2048  # values that a program holds at a time
+FORWARD_TILE, BACKWARD_TILE = 2048, 1024  # values that a program holds at a time, if a row is not longer
 MAX_BACKWARD_PROGRAMS = 1056  # 8 on each of the 132 multiprocessors of an H100; bounds the partial sums
 
 
@@ -75,10 +75,10 @@ def norm_backward_kernel(
     tl.store(parts + pid.to(tl.int64) * D + o_d, tl.sum(b_dw, axis=0), mask=m_d)
 
 
-def _tile(dim: int) -> tuple[int, int, int]:
-    """Tokens and channels of a tile, and warps for it."""
+def _tile(dim: int, values: int) -> tuple[int, int, int]:
+    """Tokens and channels of a tile of so many values, and warps for it."""
     width = max(32, triton.next_power_of_2(dim))
-    return max(1, TILE // width), width, min(16, max(4, width // 512))
+    return max(1, values // width), width, min(16, max(4, width // 512))
 
 
 def _dense_rows(x: Tensor) -> Tensor:
@@ -100,7 +100,7 @@ def _forward(
     out = empty((tokens, dim), out_dtype, x)
     stream = empty((tokens, dim) if store else (0,), torch.float32, x)
     rstd = empty((tokens,), torch.float32, x)
-    BT, BD, warps = _tile(dim)
+    BT, BD, warps = _tile(dim, FORWARD_TILE)
     with on_device(x):
         norm_forward_kernel[(triton.cdiv(tokens, BT),)](
             x, residual, weight, out, stream, rstd, eps, tokens, x.stride(0),
@@ -126,7 +126,7 @@ def _backward(
     store_dx = not added or x_dtype != torch.float32
     dx = empty((tokens, dim) if store_dx else (0,), x_dtype, stream)
     dresidual = empty((tokens, dim) if added else (0,), torch.float32, stream)
-    BT, BD, warps = _tile(dim)
+    BT, BD, warps = _tile(dim, BACKWARD_TILE)
     n_tiles = triton.cdiv(tokens, BT)
     programs = min(n_tiles, MAX_BACKWARD_PROGRAMS)
     parts = empty((programs, dim), torch.float32, stream)

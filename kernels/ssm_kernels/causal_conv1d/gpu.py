@@ -35,7 +35,7 @@ def _shape(x: Tensor, weight: Tensor, bias: Tensor | None, padding: str, silu: b
         H=2 * W - 1 if padding == 'both' else W,
         LEFT=left,
         BACKWARDS=padding == 'anticausal',
-        BD=32 if 0 < D % 64 <= 32 else 64,
+        BD=32 if 0 < D % 64 <= 32 and not torch.version.hip else 64,
         S_X=x.stride(1),
         HAS_BIAS=bias is not None,
         SILU=silu,

@@ -53,9 +53,16 @@ def work_of_program(L, CH, n_chunks, F: tl.constexpr):
 
 
 @triton.jit
+def within(i, first, end, m_d):
+    """m_d where first <= i < end, else nothing."""
+    o = tl.full(m_d.shape, i, tl.int32)  # the interpreter takes no scalar into a mask
+    return m_d & (o >= first) & (o < end)
+
+
+@triton.jit
 def load_row(p, i, L, m_d):
     """Row i as float32, zero before the first and behind the last token."""
-    return tl.load(p, mask=m_d & (i >= 0) & (i < L), other=0.0).to(tl.float32)
+    return tl.load(p, mask=within(i, 0, L, m_d), other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -135,7 +142,7 @@ def conv_forward_kernel(
         for u in tl.static_range(U):
             for k in tl.static_range(F.K):
                 b_y = ys[u * F.K + k].to(y.dtype.element_ty)
-                tl.store(p_y + k * s_k + u * F.D, b_y, mask=m_d & (i + u < n_rows))
+                tl.store(p_y + k * s_k + u * F.D, b_y, mask=within(i + u, 0, n_rows, m_d))
         window = last_rows(rows, F.H - 1, U)
         p_x += U * F.S_X
         p_y += U * F.D
@@ -172,7 +179,7 @@ def conv_backward_kernel(
         for _ in tl.static_range(U):
             b_dx = b_dx + (tl.zeros([F.BD], tl.float32),)
         for u in tl.static_range(U):
-            inside = (i + u >= RIGHT) & (i + u < RIGHT + n_rows)
+            inside = within(i + u, RIGHT, RIGHT + n_rows, m_d)
             for k in tl.static_range(F.K):
                 b_g = gs[u * F.K + k]
                 if F.SILU:
@@ -199,7 +206,7 @@ def conv_backward_kernel(
                 dw = new_dw
                 dbias = new_dbias
         for u in tl.static_range(U):
-            m = m_d & (i + u >= F.H - 1) & (i + u < F.H - 1 + n_rows)
+            m = within(i + u, F.H - 1, F.H - 1 + n_rows, m_d)
             tl.store(p_dx + u * F.D, b_dx[u].to(dx.dtype.element_ty), mask=m)
         window = last_rows(rows, F.H - 1, U)
         reached = last_rows(b_dx, F.H - 1, U)

@@ -1,0 +1,103 @@
+"""Where the tests of Triton kernels run: on a GPU in this process, and in Triton's interpreter in another one.
+
+The interpreter must be chosen before Triton is imported, so ``run_in_interpreter`` starts a second pytest on a test
+file with TRITON_INTERPRET=1. There, tensors are on the CPU, and scratch memory is poisoned; on a GPU the same tests run
+in the first process.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from ssm_kernels.dispatch import Backend
+
+INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
+DEVICE = 'cpu' if INTERPRETED else 'xpu' if torch.xpu.is_available() else 'cuda'
+where_it_runs = pytest.mark.usefixtures('poisoned_memory') if INTERPRETED else pytest.mark.gpu
+skip_in_interpreter = pytest.mark.skipif(INTERPRETED, reason='not for the process with the interpreter')
+
+
+def run_in_interpreter(file: str, *options: str) -> None:
+    """Runs the tests of a file in a second process, whose kernels are interpreted; fails if one fails or none ran."""
+    result = subprocess.run(
+        [sys.executable, '-m', 'pytest', file, '-q', '--durations=5', '-p', 'no:cacheprovider', *options],
+        env=os.environ | {'TRITON_INTERPRET': '1', 'OMP_NUM_THREADS': '1'},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    print(result.stdout)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert ' passed' in result.stdout and ' failed' not in result.stdout
+
+
+def put_triton_first(monkeypatch: pytest.MonkeyPatch, room: ModuleType, function, why_not=None) -> list:
+    """Gives a room's table a row for Triton that takes tensors on the CPU as well; returns the list of its calls.
+
+    Args:
+        room: package of the op, with ``BACKENDS``.
+        function: the room's Triton backend; its tensors are moved to the device, its results back.
+        why_not: what the row answers; by default it takes everything.
+    """
+    calls = []
+
+    def run(*args):
+        calls.append(args[0].shape)
+        results = function(*(x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in args))
+        if isinstance(results, torch.Tensor):
+            return results.to(args[0].device)
+        return tuple(x.to(args[0].device) for x in results)
+
+    row = Backend('triton', why_not or (lambda x, n: None), lambda: run)
+    monkeypatch.setattr(room, 'BACKENDS', (row, *(b for b in room.BACKENDS if b.name != 'triton')))
+    return calls
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, *modules: ModuleType) -> None:
+    """Makes the modules' scratch memory and results start as NaN."""
+    for module in modules:
+        monkeypatch.setattr(
+            module, 'empty', lambda shape, dtype, like: torch.full(shape, float('nan'), dtype=dtype, device=like.device)
+        )
+
+
+def _repair_interpreter() -> None:
+    from triton.runtime import interpreter
+
+    # Triton 3.9 patches its language modules anew at every call of a helper: 3/4 of the time; once a launch is enough
+    patched = set()
+    launch = interpreter.GridExecutor.__call__
+    trunc = interpreter.InterpreterBuilder.create_fp_trunc
+
+    def call(self, *args, **kwargs):
+        if id(self.fn.__globals__) not in patched:
+            interpreter._patch_lang(self.fn)
+            patched.add(id(self.fn.__globals__))
+        return self.rewrite()(*args, **kwargs)
+
+    def launch_once(self, *args, **kwargs):
+        patched.clear()
+        return launch(self, *args, **kwargs)
+
+    def round_to_bfloat16(self, src, dst_type):
+        # the interpreter cuts off the lower bits, hardware rounds
+        if dst_type.scalar.name == 'bf16':
+            half = torch.from_numpy(src.data.copy()).bfloat16().view(torch.int16).numpy()
+            return interpreter.TensorHandle(half.view('uint16'), dst_type.scalar)
+        return trunc(self, src, dst_type)
+
+    interpreter.InterpretedFunction.__call__ = call
+    interpreter.GridExecutor.__call__ = launch_once
+    interpreter.InterpreterBuilder.create_fp_trunc = round_to_bfloat16
+
+
+if INTERPRETED:
+    _repair_interpreter()
