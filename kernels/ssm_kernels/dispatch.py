@@ -6,6 +6,7 @@ import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -52,3 +53,25 @@ _INSTALLED = {name: importlib.util.find_spec(name) is not None for name in ('num
 def missing_package(name: str) -> bool:
     """Whether the package, 'numba' or 'triton', is not installed (looked up, not imported)."""
     return not _INSTALLED[name]
+
+
+def triton_why_not(x: Tensor, n: int) -> str | None:
+    """Why no Triton kernel of this package can run x; None if one can."""
+    if x.device.type not in ('cuda', 'xpu'):
+        return f'tensors are on {x.device.type}; Triton needs cuda, hip or xpu'
+    if x.dtype == torch.float64:
+        return 'the kernel computes in float32, the tensors are float64'
+    if missing_package('triton'):
+        return 'triton is not installed (pip install triton)'
+    return None
+
+
+def numba_why_not(x: Tensor, n: int) -> str | None:
+    """Why no Numba kernel of this package can run x; None if one can."""
+    if x.device.type != 'cpu':
+        return f'tensors are on {x.device.type}; Numba runs on the cpu'
+    if x.dtype == torch.float64:
+        return 'the kernel computes in float32, the tensors are float64'
+    if missing_package('numba'):
+        return 'numba is not installed (pip install numba)'
+    return None

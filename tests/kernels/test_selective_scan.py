@@ -391,7 +391,7 @@ def test_a_forced_backend_never_falls_back(backend, dtype, error, message):
 
 
 def test_without_numba_torch_runs_and_numba_says_why(monkeypatch, ran):
-    monkeypatch.setattr(scan_module, 'missing_package', lambda name: name == 'numba')
+    monkeypatch.setattr('ssm_kernels.dispatch.missing_package', lambda name: name == 'numba')
     selective_scan(**tensors(L=3))
     assert ran == []
     with pytest.raises(RuntimeError, match='pip install numba'):

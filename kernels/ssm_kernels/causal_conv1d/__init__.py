@@ -9,40 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from ..arguments import autocast_dtype, check_beside, check_tensor, fail, parameter_dtypes, shape_of
-from ..dispatch import Backend, choose_backend, missing_package
+from ..dispatch import Backend, choose_backend, numba_why_not, triton_why_not
 from .reference import causal_conv1d_reference
 
 MIN_WIDTH, MAX_WIDTH = 2, 4
-
-
-def _triton_why_not(x: Tensor, width: int) -> str | None:
-    if x.device.type not in ('cuda', 'xpu'):
-        return f'tensors are on {x.device.type}; Triton needs cuda, hip or xpu'
-    if x.dtype == torch.float64:
-        return 'the kernel computes in float32, the tensors are float64'
-    if missing_package('triton'):
-        return 'triton is not installed (pip install triton)'
-    return None
 
 
 def _load_triton() -> Callable:
     from .gpu import causal_conv1d_triton
 
     return causal_conv1d_triton
-
-
-def _numba_why_not(x: Tensor, width: int) -> str | None:
-    if x.device.type != 'cpu':
-        return f'tensors are on {x.device.type}; Numba runs on the cpu'
-    if x.dtype == torch.float64:
-        return 'the kernel computes in float32, the tensors are float64'
-    if missing_package('numba'):
-        return 'numba is not installed (pip install numba)'
-    return None
 
 
 def _load_numba() -> Callable:
@@ -52,8 +31,8 @@ def _load_numba() -> Callable:
 
 
 BACKENDS = (
-    Backend('triton', _triton_why_not, _load_triton),
-    Backend('numba', _numba_why_not, _load_numba),
+    Backend('triton', triton_why_not, _load_triton),
+    Backend('numba', numba_why_not, _load_numba),
     Backend('torch', lambda x, width: None, lambda: causal_conv1d_reference),
 )
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ..arguments import autocast_dtype, check_beside, check_tensor, fail, parameter_dtypes, shape_of
-from ..dispatch import Backend, choose_backend, missing_package
+from ..dispatch import Backend, choose_backend, numba_why_not
+from ..selective_scan import scan_triton_why_not
 from .composed import mamba_inner_composed
 
 MAX_WIDTH = 4
@@ -45,23 +46,17 @@ class DirectionWeights(NamedTuple):
 OPTIONAL = ('conv_bias', 'D', 'dt_bias')
 
 
-def _numba_why_not(x: Tensor, n: int) -> str | None:
-    if x.device.type != 'cpu':
-        return f'tensors are on {x.device.type}; Numba runs on the cpu'
-    if x.dtype == torch.float64:
-        return 'the kernel computes in float32, the tensors are float64'
-    if missing_package('numba'):
-        return 'numba is not installed (pip install numba)'
-    return None
-
-
 def _load_numba() -> Callable:
     from .cpu import mamba_inner_numba
 
     return mamba_inner_numba
 
 
-FUSED = (Backend('numba', _numba_why_not, _load_numba),)
+BACKENDS = (
+    Backend('triton', scan_triton_why_not, lambda: mamba_inner_composed),
+    Backend('numba', numba_why_not, _load_numba),
+    Backend('torch', lambda x, n: None, lambda: mamba_inner_composed),
+)
 
 
 def mamba_inner(
@@ -103,11 +98,9 @@ def mamba_inner(
     low = autocast_dtype(x)
     if low is not None:
         x, z = x.to(low), None if z is None else z.to(low)
-    if backend in (None, 'numba') and not _needs_grad(x, z, weights):
-        fused = FUSED[0]
-        if backend is not None or fused.why_not(x, weights[0].A.shape[1]) is None:
-            run = choose_backend(op, FUSED, backend, x, weights[0].A.shape[1]).load()
-            return run(x, z, weights, scale, reverse, padding)
+    run = choose_backend(op, BACKENDS, backend, x, weights[0].A.shape[1])
+    if run.name == 'numba' and not _needs_grad(x, z, weights):
+        return run.load()(x, z, weights, scale, reverse, padding)
     return mamba_inner_composed(x, z, weights, scale, reverse, padding, backend)
 
 
@@ -145,11 +138,8 @@ def _check(op: str, x: Tensor, z: Tensor | None, weights: list[DirectionWeights]
         rank = first.dt_proj.shape[1] if first.dt_proj.dim() == 2 else 0
         width = first.conv_weight.shape[1] if first.conv_weight.dim() == 2 else 0
         if not 2 <= width <= MAX_WIDTH:
-            fail(
-                op,
-                f'{where}conv_weight',
-                f'has shape {shape_of(w.conv_weight)}, must be ({dim}, W), W 2 to {MAX_WIDTH}',
-            )
+            shapes = f'has shape {shape_of(w.conv_weight)}, must be ({dim}, W) with W from 2 to {MAX_WIDTH}'
+            fail(op, f'{where}conv_weight', shapes)
         wanted = DirectionWeights((dim, width), (dim,), (rank + 2 * n, dim), (dim, rank), (dim, n), (dim,), (dim,))
         for name, tensor, shape in zip(w._fields, w, wanted, strict=True):
             if tensor is not None and tensor.shape != shape:

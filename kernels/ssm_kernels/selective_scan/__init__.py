@@ -12,39 +12,23 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..dispatch import Backend, choose_backend, missing_package
+from ..dispatch import Backend, choose_backend, numba_why_not, triton_why_not
 from .reference import selective_scan_reference
 
 MAX_STATE_SIZE = 256
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-def _triton_why_not(u: Tensor, n: int) -> str | None:
-    if u.device.type not in ('cuda', 'xpu'):
-        return f'tensors are on {u.device.type}; Triton needs cuda, hip or xpu'
-    if u.dtype == torch.float64:
-        return 'the kernel computes in float32, the tensors are float64'
+def scan_triton_why_not(u: Tensor, n: int) -> str | None:
     if n > 64:
         return f'the state size is {n}; the kernel takes up to 64'
-    if missing_package('triton'):
-        return 'triton is not installed (pip install triton)'
-    return None
+    return triton_why_not(u, n)
 
 
 def _load_triton() -> Callable:
     from .gpu import selective_scan_triton
 
     return selective_scan_triton
-
-
-def _numba_why_not(u: Tensor, n: int) -> str | None:
-    if u.device.type != 'cpu':
-        return f'tensors are on {u.device.type}; Numba runs on the cpu'
-    if u.dtype == torch.float64:
-        return 'the kernel computes in float32, the tensors are float64'
-    if missing_package('numba'):
-        return 'numba is not installed (pip install numba)'
-    return None
 
 
 def _load_numba() -> Callable:
@@ -54,8 +38,8 @@ def _load_numba() -> Callable:
 
 
 BACKENDS = (
-    Backend('triton', _triton_why_not, _load_triton),
-    Backend('numba', _numba_why_not, _load_numba),
+    Backend('triton', scan_triton_why_not, _load_triton),
+    Backend('numba', numba_why_not, _load_numba),
     Backend('torch', lambda u, n: None, lambda: selective_scan_reference),
 )
 

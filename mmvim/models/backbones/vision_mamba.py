@@ -13,6 +13,7 @@ from mmvim.models.layers.patch_embed import PatchEmbed, lecun_normal_, resize_po
 from mmvim.models.layers.rotary import RotaryEmbedding2d
 from mmvim.models.layers.vim_mixer import VimMixer
 from mmvim.registry import MODELS
+from ssm_kernels import add_rms_norm
 
 # B batch, L tokens with class tokens, D width, h x w grid of patches
 
@@ -50,10 +51,9 @@ class VimBlock(nn.Module):
 
     def forward(self, hidden: Tensor, residual: Tensor | None, reverse: bool = False) -> tuple[Tensor, Tensor]:
         """Hidden and residual streams (B, L, D) in, the same out; no residual before the first block."""
-        hidden = self.drop_path(hidden)
         # The residual stream is float32 in low-precision models too: 24 small updates add up in it.
-        residual = hidden.float() if residual is None else residual + hidden
-        return self.mixer(self.norm(residual.to(self.norm.weight.dtype)), reverse), residual
+        hidden, residual = add_rms_norm(self.drop_path(hidden), residual, self.norm.weight, eps=self.norm.eps)
+        return self.mixer(hidden, reverse), residual
 
 
 @MODELS.register_module()

@@ -6,19 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssm_kernels import bidirectional_selective_scan, selective_scan
+from ssm_kernels import DirectionWeights, bidirectional_selective_scan, causal_conv1d, mamba_inner
 
 # B batch, L tokens, D width, E = expand * D inner width, N state size, R rank of delta
 
 DIRECTIONS = ('v2', 'v1', 'none')
-
-
-def causal_conv1d_silu(x: Tensor, conv: nn.Conv1d, reverse: bool) -> Tensor:
-    """Depthwise convolution of x (B, L, E) over the tokens before (reverse: after) each one, then SiLU."""
-    pad = conv.kernel_size[0] - 1
-    weight = conv.weight.flip(-1) if reverse else conv.weight
-    x = F.pad(x.transpose(1, 2), (0, pad) if reverse else (pad, 0))
-    return F.silu(F.conv1d(x, weight, conv.bias, groups=conv.groups)).transpose(1, 2)
 
 
 class VimMixer(nn.Module):
@@ -110,43 +102,26 @@ class VimMixer(nn.Module):
             Tokens (B, L, D).
         """
         x, z = self.in_proj(x).chunk(2, dim=-1)
-        if self.directions == 'v2':
-            y = self._scan_both(x, z)
+        if self.directions == 'v1':
+            y = self._scan_shared(x, z)
         else:
-            y = self._scan_shared(x, z, reverse)
+            weights = [self._direction('', self.A_log)]
+            if self.directions == 'v2':
+                weights.append(self._direction('_b', self.A_b_log))
+            y = mamba_inner(x, z, weights, scale=self.scale, reverse=reverse, backend=self.scan_backend)
         y = self.out_proj(y)
         return y if self.layer_scale_init is None else y * self.gamma
 
-    def _scan_both(self, x: Tensor, z: Tensor) -> Tensor:
-        u = torch.stack((causal_conv1d_silu(x, self.conv1d, False), causal_conv1d_silu(x, self.conv1d_b, True)))
-        x_proj = torch.stack((self.x_proj.weight, self.x_proj_b.weight))
-        dt_proj = torch.stack((self.dt_proj.weight, self.dt_proj_b.weight))
-        shape = u.shape[:-1]
-        x_dbl = u.flatten(1, 2) @ x_proj.transpose(1, 2)
-        dt, B, C = x_dbl.split((self.dt_rank, self.d_state, self.d_state), dim=-1)
-        dt = dt @ dt_proj.transpose(1, 2)
-        return bidirectional_selective_scan(
-            u,
-            dt.unflatten(1, shape[1:]),
-            -torch.stack((self.A_log, self.A_b_log)).float().exp(),
-            B.unflatten(1, shape[1:]),
-            C.unflatten(1, shape[1:]),
-            torch.stack((self.D, self.D_b)).float(),
-            z,
-            torch.stack((self.dt_proj.bias, self.dt_proj_b.bias)).float(),
-            dt_softplus=True,
-            scale=self.scale,
-            backend=self.scan_backend,
-        )
+    def _direction(self, suffix: str, A_log: Tensor) -> DirectionWeights:
+        conv, x_proj, dt_proj, D = (getattr(self, name + suffix) for name in ('conv1d', 'x_proj', 'dt_proj', 'D'))
+        A = -A_log.float().exp()
+        return DirectionWeights(conv.weight.squeeze(1), conv.bias, x_proj.weight, dt_proj.weight, A, D, dt_proj.bias)
 
-    def _scan_shared(self, x: Tensor, z: Tensor, reverse: bool) -> Tensor:
-        u = causal_conv1d_silu(x, self.conv1d, reverse)
+    def _scan_shared(self, x: Tensor, z: Tensor) -> Tensor:
+        """Both directions with one convolution and one (dt, B, C), which the second one reads from the end."""
+        u = causal_conv1d(x, self.conv1d.weight.squeeze(1), self.conv1d.bias, backend=self.scan_backend)
         dt, B, C = self.x_proj(u).split((self.dt_rank, self.d_state, self.d_state), dim=-1)
         dt = F.linear(dt, self.dt_proj.weight)
-        A, D, bias = -self.A_log.float().exp(), self.D.float(), self.dt_proj.bias.float()
-        options = dict(dt_softplus=True, backend=self.scan_backend)
-        if self.directions == 'none':
-            return selective_scan(u, dt, A, B, C, D, z, bias, reverse=reverse, **options)
-        u, dt, B, C, D, bias = (t.expand(2, *t.shape) for t in (u, dt, B, C, D, bias))
-        A = torch.stack((A, -self.A_b_log.float().exp()))
-        return bidirectional_selective_scan(u, dt, A, B, C, D, z, bias, **options)
+        A = torch.stack((-self.A_log.float().exp(), -self.A_b_log.float().exp()))
+        u, dt, B, C, D, bias = (t.expand(2, *t.shape) for t in (u, dt, B, C, self.D.float(), self.dt_proj.bias.float()))
+        return bidirectional_selective_scan(u, dt, A, B, C, D, z, bias, dt_softplus=True, backend=self.scan_backend)
