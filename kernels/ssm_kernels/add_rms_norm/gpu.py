@@ -176,12 +176,16 @@ def _setup_context(ctx, inputs, output):
     x, residual, weight, _, _ = inputs
     _, stream, rstd = output
     ctx.set_materialize_grads(False)
-    ctx.x_dtype, ctx.added = x.dtype, residual is not None
-    ctx.save_for_backward(x if _starts_with(x, residual) else stream, rstd, weight)
+    ctx.mark_non_differentiable(rstd)
+    ctx.x_dtype, ctx.added, ctx.starts = x.dtype, residual is not None, _starts_with(x, residual)
+    ctx.save_for_backward(x if ctx.starts else stream, rstd, weight)
 
 
 def _autograd(ctx, dout, dstream, drstd):
     stream, rstd, weight = ctx.saved_tensors
+    dstream = None if ctx.starts else dstream  # that output is empty then
+    if dout is None and dstream is None:
+        return None, None, None, None, None
     if dout is None:
         dx, dresidual, dweight = dstream.to(ctx.x_dtype), dstream, torch.zeros_like(weight)
     else:
