@@ -24,6 +24,7 @@ from .cpu_vectors import compile_worker
 
 _compile_lock = threading.Lock()
 _WORKER_TYPE = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+_held = threading.local()
 _forked = False
 
 
@@ -39,6 +40,14 @@ if hasattr(os, 'register_at_fork'):
 def empty(*shape: int) -> Tensor:
     """All memory of the Numba backends comes from here, so that tests can poison it."""
     return torch.empty(shape, dtype=torch.float32)
+
+
+def scratch(size: int) -> Tensor:
+    """Floats for the duration of one call of a worker, kept for the next one: fresh pages cost more than the work."""
+    held = getattr(_held, 'scratch', None)
+    if held is None or held.numel() < size:
+        held = _held.scratch = empty(size)
+    return held
 
 
 @lru_cache(maxsize=1)
@@ -86,8 +95,8 @@ class Worker:
         entry = self.entry()
         threads = max(1, min(torch.get_num_threads(), n_tasks))
         stride = (scratch_bytes + 127) // 64 * 64
-        scratch = empty(threads * stride // 4 + 16)
-        fields |= {'n_tasks': n_tasks, 'scratch': (scratch.data_ptr() + 63) // 64 * 64, 'scratch_bytes': stride}
+        memory = scratch(threads * stride // 4 + 16)
+        fields |= {'n_tasks': n_tasks, 'scratch': (memory.data_ptr() + 63) // 64 * 64, 'scratch_bytes': stride}
         get = fields.get
         block = ctypes.create_string_buffer(
             self._pack.pack(*[get(word, 0) for word in self._words], get('scale', 1.0)), self._pack.size
@@ -117,7 +126,9 @@ def rows(x: Tensor | None) -> Tensor | None:
 
 def whole(x: Tensor | None) -> Tensor | None:
     """float32 and contiguous."""
-    return None if x is None else x.to(torch.float32).contiguous()
+    if x is None or (x.dtype == torch.float32 and x.is_contiguous()):
+        return x
+    return x.to(torch.float32).contiguous()
 
 
 def address(x: Tensor | None) -> int:

@@ -90,8 +90,8 @@ def run(row, dtype, backend, seed=0, weight_dtype=None):
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch):
-    for module in (cpu, cpu_threads):
-        monkeypatch.setattr(module, 'empty', lambda *shape: torch.full(shape, float('nan'), dtype=torch.float32))
+    for module, name in ((cpu, 'empty'), (cpu_threads, 'scratch')):
+        monkeypatch.setattr(module, name, lambda *shape: torch.full(shape, float('nan'), dtype=torch.float32))
 
 
 @pytest.fixture

@@ -31,8 +31,8 @@ _spec.loader.exec_module(cases)
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch):
-    for module in (cpu, cpu_threads):
-        monkeypatch.setattr(module, 'empty', lambda *shape: torch.full(shape, float('nan'), dtype=torch.float32))
+    for module, name in ((cpu, 'empty'), (cpu_threads, 'scratch')):
+        monkeypatch.setattr(module, name, lambda *shape: torch.full(shape, float('nan'), dtype=torch.float32))
 
 
 @pytest.fixture
