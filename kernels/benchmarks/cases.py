@@ -123,7 +123,7 @@ def problems(case: Case, backend: str, dtype: torch.dtype = torch.float32, seed:
     exact = run(case, inputs, torch.float64, 'torch')
     plain = run(case, inputs, dtype, 'torch')
     ours = run(case, inputs, dtype, backend)
-    return deviations(ours, plain, exact, dtype)
+    return deviations(ours, plain, exact)
 
 
 def yardstick(

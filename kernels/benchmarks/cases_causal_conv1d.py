@@ -101,4 +101,4 @@ def problems(case: Case, backend: str, dtype: torch.dtype = torch.float32, seed:
     """Results that are off by more than twice what plain PyTorch loses in this dtype, by name."""
     inputs = make_inputs(case, seed)
     exact, plain = (run(case, inputs, kind, 'torch') for kind in (torch.float64, dtype))
-    return deviations(run(case, inputs, dtype, backend), plain, exact, dtype)
+    return deviations(run(case, inputs, dtype, backend), plain, exact)
