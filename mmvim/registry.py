@@ -29,13 +29,14 @@ from mmengine.registry import Registry
 
 SCOPE = 'mmvim'
 
-# Parts derived from MMDetection's classes. Their modules are imported when one is asked for by name, not with the
-# locations below: a segmentation or classification config then never loads MMDetection.
-DETECTION_PARTS = {
+# Parts derived from a host's classes. Their modules are imported when one is asked for by name, not with the locations
+# below: a segmentation or classification config then never loads MMDetection.
+HOST_PARTS = {
     'CascadeRoIHead': 'mmvim.models.roi_heads',
     'InstanceTTAModel': 'mmvim.models.test_time_augs',
     'CocoFolderDataset': 'mmvim.datasets.coco',
     'ShapesDataset': 'mmvim.datasets.coco',
+    'ShapesSegDataset': 'mmvim.datasets.shapes_segmentation',
     'Resize': 'mmvim.datasets.detection_transforms',
     'CocoFolderMetric': 'mmvim.evaluation.coco_metric',
     'EnlargingDetVisualizer': 'mmvim.visualization.enlarging',
@@ -45,8 +46,8 @@ DETECTION_PARTS = {
 class _ChildRegistry(Registry):
     def get(self, key: str) -> type | None:
         part = key.removeprefix(f'{SCOPE}.')
-        if part in DETECTION_PARTS and part not in self._module_dict:
-            import_module(DETECTION_PARTS[part])
+        if part in HOST_PARTS and part not in self._module_dict:
+            import_module(HOST_PARTS[part])
         return super().get(key)
 
 

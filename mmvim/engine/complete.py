@@ -65,7 +65,7 @@ def check_data_root(dataset: dict) -> None:
         DataError: naming the folder.
     """
     root = dataset.get('data_root')
-    ours = ('ShapesDataset', 'CocoFolderDataset')  # generated, or checked by the data set itself
+    ours = ('ShapesDataset', 'ShapesSegDataset', 'CocoFolderDataset')  # generated, or checked by the data set itself
     if not root or '://' in str(root) or os.path.isdir(root) or _kind(dataset) in ours:
         return
     known = DATASETS.get(dataset['type']) if isinstance(dataset.get('type'), str) else dataset.get('type')

@@ -1,0 +1,17 @@
+# Start from ImageNet weights with
+#   --cfg-options model.backbone.init_cfg.type=Pretrained model.backbone.init_cfg.checkpoint=FILE
+_base_ = 'mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py'
+runner_type = 'mmvim.Runner'
+
+model = dict(
+    backbone=dict(
+        _delete_=True, type='mmvim.MambaVision', arch='tiny', window_sizes=(8, 8, 112, 56), drop_path_rate=0.2
+    ),
+    neck=dict(in_channels=[80, 160, 320, 640]),
+)
+optim_wrapper = dict(
+    _delete_=True,
+    type='OptimWrapper',
+    constructor='mmvim.LayerDecayOptimWrapperConstructor',
+    optimizer=dict(type='AdamW', lr=1e-4, weight_decay=0.05),
+)
