@@ -392,7 +392,7 @@ def explain(error: Exception) -> str | None:
     if text.startswith('Failed to get ') or 'is not in the' in text:
         name = text.removeprefix('Failed to get ').split(' is not in')[0].strip('\'"')
         return f"the config names type '{name}', which no registry has: check its spelling and its scope{_close(name)}"
-    if isinstance(error, TypeError) and ('argument' in text or text.startswith('cfg should be')):
+    if isinstance(error, TypeError) and ('() ' in text or text.startswith('cfg should be')):  # a call's signature
         return f'wrong config key: {text}'
     if isinstance(error, ValueError):
         return f'wrong value in the config: {text}'
