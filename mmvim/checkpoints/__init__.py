@@ -2,6 +2,7 @@
 
 from mmvim.checkpoints.classifier import to_classifier
 from mmvim.checkpoints.fitting import Conversion, LoadReport, compare, convert_on_load
+from mmvim.checkpoints.hier_vim import hier_vim_state_dict, load_hier_vim
 from mmvim.checkpoints.mambavision import load_published_mambavision, mambavision_state_dict
 from mmvim.checkpoints.reading import find_state_dict, read_checkpoint, read_state_dict
 from mmvim.checkpoints.vim import load_published_vim, vim_state_dict
@@ -12,6 +13,8 @@ __all__ = [
     'compare',
     'convert_on_load',
     'find_state_dict',
+    'hier_vim_state_dict',
+    'load_hier_vim',
     'load_published_mambavision',
     'load_published_vim',
     'mambavision_state_dict',
