@@ -20,7 +20,8 @@ from mmvim import cli
 from mmvim.models import MambaVision
 
 CONFIGS = Path(__file__).parents[2] / 'configs'
-NAMES = sorted(path.name for path in (CONFIGS / 'mambavision').glob('*.py'))
+FILES = sorted(path.name for path in (CONFIGS / 'mambavision').glob('*.py'))
+NAMES = [name for name in FILES if name != 'upernet_r18_camvid-480x360.py']  # a control
 DEMOS = ['demo/mask_rcnn_mambavision_shapes.py', 'demo/upernet_mambavision_shapes.py']
 CASCADE = 'cascade-mask-rcnn_mambavision-{}_fpn_4conv1fc-giou_amp-ms-crop-3x_coco.py'
 UPERNET = 'upernet_mambavision-{}_8xb2-160k_ade20k-512x512.py'
@@ -29,9 +30,12 @@ SMALL = dict(embed_dims=WIDTH, stem_channels=8, depths=(1, 1, 3, 2), num_heads=(
 
 
 @pytest.fixture
-def load(load_config):
+def load(load_config, tmp_path):
+    (tmp_path / 'a.json').write_text('{"images": [], "annotations": [], "categories": [{"id": 1, "name": "a"}]}')
+
     def read(name):
-        cfg = load_config(name if '/' in name else f'mambavision/{name}')
+        keys = dict(data_root=str(tmp_path), train_ann='a.json', val_ann='a.json') if 'folder' in name else {}
+        cfg = load_config(name if '/' in name else f'mambavision/{name}', **keys)
         init_default_scope(cfg.default_scope)
         import_module(f'{cfg.default_scope}.models')  # not first under torch.device('meta')
         return cfg
@@ -61,13 +65,14 @@ def test_all_that_was_promised_is_there():
     promised += [f'mambavision-{size}_32xb128_in1k-512px.py' for size in ('l2', 'l3')]
     promised += [f'mask-rcnn_mambavision-{size}_fpn_amp-ms-crop-3x_coco.py' for size in 'ts']
     promised += ['mask-rcnn_mambavision-t_fpn_1x_coco.py', 'upernet_mambavision-l3_8xb2-160k_ade20k-640x640.py']
+    promised += ['mask-rcnn_mambavision-t_fpn_coco-folder.py', 'upernet_mambavision-t_camvid-480x360.py']
     assert set(promised) <= set(NAMES)
     assert len(NAMES) == len(promised) + len([name for name in NAMES if 'attention' in name or 'mixer' in name])
 
 
 def test_the_metafile_lists_every_config():
     listed = yaml.safe_load((CONFIGS / 'mambavision' / 'metafile.yml').read_text())['Models']
-    assert sorted(model['Config'].rpartition('/')[2] for model in listed) == NAMES
+    assert sorted(model['Config'].rpartition('/')[2] for model in listed) == FILES
     assert all(model['Config'] == f'configs/mambavision/{model["Name"]}.py' for model in listed)
 
 
@@ -130,7 +135,7 @@ def samples(kind, size, count=2):
             mask[0, h // 4 : h // 2, w // 4 : 3 * w // 4] = 1
             sample.gt_instances = InstanceData(
                 bboxes=torch.tensor([[w / 4, h / 4, 3 * w / 4, h / 2]]),
-                labels=torch.tensor([1]),
+                labels=torch.tensor([0]),
                 masks=BitmapMasks(mask, h, w),
             )
         elif kind == 'segmentation':
@@ -232,7 +237,7 @@ def rates(cfg):
 def test_the_published_detection_recipe(load, size):
     drop_path, lr = COCO[size]
     names = [CASCADE.format(size)]
-    names += [name for name in NAMES if name.startswith(f'mask-rcnn_mambavision-{size}_')]
+    names += [name for name in NAMES if name.startswith(f'mask-rcnn_mambavision-{size}_') and 'folder' not in name]
     assert len(names) == dict(t=3, s=2, b=1)[size]
     for name in names:
         cfg = load(name)
@@ -383,3 +388,26 @@ def test_a_published_classifier_evaluates_as_downloaded(tmp_path, monkeypatch, p
     for i, prediction in predictions.items():
         torch.testing.assert_close(prediction['pred_score'], expected[i], rtol=1e-4, atol=1e-5)
         assert prediction['gt_label'].item() == i % 4
+
+
+def test_the_control_differs_from_mambavision_in_the_backbone_alone(load):
+    ours, control = load('upernet_mambavision-t_camvid-480x360.py'), load('upernet_r18_camvid-480x360.py')
+    with torch.device('meta'):
+        backbone = MODELS.build({**control.model.backbone, '_scope_': 'mmseg'})
+        shapes = [out.shape[1] for out in backbone(torch.empty(1, 3, 64, 64))]
+    assert shapes == control.model.decode_head.in_channels
+    assert control.model.auxiliary_head.in_channels == shapes[2]
+    for cfg in (ours, control):
+        cfg.model.pop('backbone')
+        cfg.model.decode_head.pop('in_channels')
+        cfg.model.auxiliary_head.pop('in_channels')
+    assert ours.to_dict() == control.to_dict()
+
+
+def test_what_is_not_labelled_counts_nowhere(load):
+    cfg = load('upernet_mambavision-t_camvid-480x360.py')
+    crop = next(step for step in cfg.train_dataloader.dataset.pipeline if step.type == 'RandomCrop')
+    model = cfg.model
+    parts = (cfg.val_evaluator, cfg.val_dataloader.dataset, crop, model.decode_head, model.auxiliary_head)
+    assert {part.ignore_index for part in parts} == {model.data_preprocessor.seg_pad_val} == {11}
+    assert model.decode_head.num_classes == model.auxiliary_head.num_classes == 11
