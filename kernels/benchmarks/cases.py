@@ -111,7 +111,7 @@ def run(case: Case, inputs: dict[str, Tensor], dtype: torch.dtype, backend: str)
         )
         outputs = {'y': y, 'last_state': state}
     generator = torch.Generator().manual_seed(1)
-    seeds = [torch.randn(x.shape, generator=generator).bfloat16().to(x.dtype) for x in outputs.values()]
+    seeds = [torch.randn(x.shape, generator=generator).bfloat16().to(x) for x in outputs.values()]
     given = {name: x for name, x in cast.items() if x is not None}
     grads = torch.autograd.grad(list(outputs.values()), list(given.values()), seeds)
     return outputs | {f'd{name}': g for name, g in zip(given, grads, strict=True)}

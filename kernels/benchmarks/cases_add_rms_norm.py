@@ -78,7 +78,7 @@ def run(case: Case, inputs: dict[str, Tensor | None], dtype: torch.dtype, backen
     out, residual = add_rms_norm(**cast, eps=case.eps, backend=backend)
     outputs = {'out': out, 'residual': residual}
     generator = torch.Generator().manual_seed(1)
-    seeds = {name: torch.randn(x.shape, generator=generator).bfloat16().to(x.dtype) for name, x in outputs.items()}
+    seeds = {name: torch.randn(x.shape, generator=generator).bfloat16().to(x) for name, x in outputs.items()}
     grads = torch.autograd.grad(
         [outputs[name] for name in case.ends],
         list(leaves.values()),

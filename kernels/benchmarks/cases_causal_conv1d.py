@@ -92,7 +92,7 @@ def run(case: Case, inputs: dict[str, Tensor | None], dtype: torch.dtype, backen
     if case.view:
         x = torch.cat([x, torch.full_like(x, float('nan'))], -1)[..., : case.D]
     y = call(case, x, cast['weight'], cast.get('bias'), backend)
-    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).bfloat16().to(y.dtype)
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).bfloat16().to(y)
     grads = torch.autograd.grad(y, list(cast.values()), dy)
     return {'y': y} | {f'd{name}': g for name, g in zip(cast, grads, strict=True)}
 
