@@ -23,7 +23,14 @@ model = dict(
     roi_head=dict(
         num_classes=4,
         bbox_roi_extractor=roi_extractor,
-        bbox_head=dict(in_channels=channels, conv_out_channels=channels // 2, fc_out_channels=256),
+        bbox_head=dict(
+            type='ConvFCBBoxHead',
+            num_shared_convs=2,
+            num_shared_fcs=1,
+            in_channels=channels,
+            conv_out_channels=channels // 2,
+            fc_out_channels=256,
+        ),
         mask_roi_extractor=roi_extractor,
         mask_head=dict(in_channels=channels, conv_out_channels=channels // 2, num_convs=2),
     ),
@@ -35,7 +42,7 @@ model = dict(
     test_cfg=dict(rpn=dict(nms_pre=500, max_per_img=100)),
 )
 
-max_iters = 700
+max_iters = 950
 train_cfg = dict(type='IterBasedTrainLoop', val_interval=10000)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
