@@ -195,7 +195,7 @@ def test_one_training_step_and_one_prediction_at_a_reduced_size(load, name):
     check(cfg, *train_and_predict(cfg, model, size), size)
 
 
-@pytest.mark.slow  # by `pytest -m slow`, or without -m
+@pytest.mark.slow  # python -m pytest -m slow
 @pytest.mark.parametrize(
     ('name', 'size', 'count'),
     [
