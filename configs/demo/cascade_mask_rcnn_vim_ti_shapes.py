@@ -42,7 +42,7 @@ model = dict(
     test_cfg=dict(rpn=dict(nms_pre=500, max_per_img=100)),
 )
 
-max_iters = 950
+max_iters = 800
 train_cfg = dict(type='IterBasedTrainLoop', val_interval=10000)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
