@@ -204,12 +204,16 @@ class Level(nn.Module):
     def _run(self, x: Tensor) -> Tensor:
         for block in self.blocks:
             if self.with_cp and torch.is_grad_enabled() and x.requires_grad:
-                x = checkpoint(
-                    block, x, use_reentrant=False, context_fn=lambda b=block: (nullcontext(), _statistics_kept(b))
-                )
+                x = checkpoint(block, x, use_reentrant=False, **_recomputation(block))
             else:
                 x = block(x)
         return x
+
+
+def _recomputation(block: nn.Module) -> dict:
+    if torch.compiler.is_compiling():  # which recomputes the operations alone, and takes no such context
+        return {}
+    return dict(context_fn=lambda: (nullcontext(), _statistics_kept(block)))
 
 
 @contextmanager

@@ -31,12 +31,13 @@ def to_windows(x: Tensor, window: tuple[int, int]) -> Tensor:
         x = F.pad(x, (0, 0, 0, right, 0, bottom))
     batch, height, width, channels = x.shape
     x = x.reshape(batch, height // h, h, width // w, w, channels).transpose(2, 3)
-    return x.reshape(batch, -1, h * w, channels)
+    return x.reshape(batch, (height // h) * (width // w), h * w, channels)
 
 
 def from_windows(x: Tensor, window: tuple[int, int], size: tuple[int, int]) -> Tensor:
     """Tokens (B, K, h*w, C) of a map cut by `to_windows` -> the map (B, C, H, W) without what was padded."""
     (h, w), (height, width) = window, size
     rows, columns = -(-height // h), -(-width // w)
-    x = x.reshape(len(x), rows, columns, h, w, -1).transpose(2, 3).reshape(len(x), rows * h, columns * w, -1)
+    x = x.reshape(x.shape[0], rows, columns, h, w, x.shape[-1]).transpose(2, 3)
+    x = x.reshape(x.shape[0], rows * h, columns * w, x.shape[-1])
     return x[:, :height, :width].permute(0, 3, 1, 2)
