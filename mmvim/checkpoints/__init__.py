@@ -1,6 +1,7 @@
 """Reading published checkpoints safely and fitting them to the models here."""
 
 from mmvim.checkpoints.classifier import to_classifier
+from mmvim.checkpoints.deit import deit_state_dict, load_published_deit
 from mmvim.checkpoints.fitting import Conversion, LoadReport, compare, convert_on_load
 from mmvim.checkpoints.hier_vim import hier_vim_state_dict, load_hier_vim
 from mmvim.checkpoints.mambavision import load_published_mambavision, mambavision_state_dict
@@ -12,9 +13,11 @@ __all__ = [
     'LoadReport',
     'compare',
     'convert_on_load',
+    'deit_state_dict',
     'find_state_dict',
     'hier_vim_state_dict',
     'load_hier_vim',
+    'load_published_deit',
     'load_published_mambavision',
     'load_published_vim',
     'mambavision_state_dict',
