@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmvim.errors import ConfigError
-from mmvim.models.backbones import HierVim, MambaVision, VisionMamba
+from mmvim.models.backbones import HierVim, MambaVision, VisionMamba, VisionTransformer
 from mmvim.models.backbones.vision_mamba import class_token_positions
 from mmvim.models.layers import MambaVisionMixer, VimMixer
 from mmvim.models.layers.mambavision_mixer import CONVS
@@ -169,7 +169,7 @@ def trace(backbone: nn.Module, image: Tensor) -> list[Block]:
     Blocks are counted from 0 through all stages, as in ``get_layer_depth``.
 
     Args:
-        backbone: a VisionMamba, HierVim or MambaVision, in evaluation mode.
+        backbone: a VisionMamba, HierVim, MambaVision or VisionTransformer, in evaluation mode.
         image: normalised image (1, channels, H, W); the features have a graph to it if it requires a gradient.
 
     Raises:
@@ -251,10 +251,18 @@ def _trace_mambavision(backbone: MambaVision, image: Tensor) -> list[Block]:
     return blocks
 
 
+def _trace_transformer(backbone: VisionTransformer, image: Tensor) -> list[Block]:
+    h, w = backbone.patch_embed.grid_size(*image.shape[-2:])
+    places = _places(h, w, (0,) if backbone.with_cls_token else ())
+    recorders = _run(backbone, image, {f'blocks.{i}': block for i, block in enumerate(backbone.blocks)})
+    return [r.block(_lay_out(r.output, places), places, backbone.patch_embed.patch_stride) for r in recorders]
+
+
 TRACERS: dict[type, Callable[[nn.Module, Tensor], list[Block]]] = {
     VisionMamba: _trace_vim,
     HierVim: _trace_hier_vim,
     MambaVision: _trace_mambavision,
+    VisionTransformer: _trace_transformer,
 }
 
 

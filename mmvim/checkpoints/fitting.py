@@ -113,7 +113,8 @@ def convert_on_load(
     It works for every way to load: `load_state_dict`, `init_cfg=dict(type='Pretrained', ...)`, and the checkpoint of a
     whole model that holds the backbone under a prefix. Weights that need no conversion stay the same tensors, so a
     resumed run goes on exactly. Without a prefix, a file of a whole model is taken too: its entries under `backbone.`
-    are used. The functions must be importable by name, or the module can no longer be pickled.
+    are used. How the last weights fitted stays as `module.load_report`, a `LoadReport`. The functions must be
+    importable by name, or the module can no longer be pickled.
 
     Args:
         module: the backbone.
@@ -157,6 +158,7 @@ def _before_load(
     conversion = convert(module, weights, local_metadata)
     conversion.dropped[:0] = dropped
     report = compare(conversion, module.state_dict(), may_miss)
+    module.load_report = report
     # torch says strict in any case; what comes from a file must fit, a plain `load_state_dict` does as it is told
     from_file = SOURCE in local_metadata
     if report.mismatched or (from_file and (report.missing or report.unexpected)):

@@ -14,7 +14,7 @@ from mmvim import cli
 from mmvim.analysis import visualize
 from mmvim.analysis.pictures import reduce_channels
 from mmvim.analysis.tracing import receptive_field, scan_directions, trace
-from mmvim.models import HierVim, MambaVision, VisionMamba
+from mmvim.models import HierVim, MambaVision, VisionMamba, VisionTransformer
 from ssm_kernels import selective_scan_fn
 
 REPOSITORY = Path(__file__).parents[2]
@@ -69,6 +69,20 @@ def test_features_of_hierarchical_backbones_are_those_that_they_return(model, en
         blocks = trace(model, image)
         for end, expected in zip(ends, model(image), strict=True):
             torch.testing.assert_close(blocks[end].features, expected[0])
+
+
+@pytest.mark.parametrize('settings', [dict(), dict(with_cls_token=False, window_size=3, global_attn_indexes=(1,))])
+def test_features_of_a_transformer_are_those_that_it_returns(settings):
+    model = VisionTransformer(
+        dict(embed_dims=32, depth=2, num_heads=2), img_size=(64, 48), out_type='featmap', out_indices=(0, 1), **settings
+    )
+    randomly_filled(model)
+    image = torch.randn(1, 3, 70, 48)
+    with torch.no_grad():
+        blocks = trace(model, image)
+        for block, expected in zip(blocks, model(image), strict=True):
+            torch.testing.assert_close(block.features, expected[0])
+            assert block.mixer is None
 
 
 def traced_scans():
