@@ -16,8 +16,8 @@ class Backend:
 
     Attributes:
         name: what callers pass as ``backend=``.
-        why_not: called with the input tensor and the state size; returns why this backend cannot run them, or None
-            if it can.
+        why_not: called with the input tensor and the size that backends limit (state size, width, channels of a
+            row); returns why this backend cannot run them, or None if it can.
         load: imports the backend and returns the function that runs the op.
     """
 

@@ -198,8 +198,7 @@ def test_nan_stays_in_its_channel_and_window():
 
 
 @where_it_runs
-@pytest.mark.parametrize('padding', ['both', 'anticausal', 'same'])
-@pytest.mark.parametrize('bias', [True, False])
+@pytest.mark.parametrize(('padding', 'bias'), [('both', True), ('anticausal', False)])
 def test_operators_are_registered_properly(padding, bias):
     x, weight, bias = tensors(Case('free', L=2, D=4, W=3, padding=padding, bias=bias)).values()
     if padding != 'both':
