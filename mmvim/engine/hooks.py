@@ -67,10 +67,11 @@ class CheckpointFitHook(Hook):
 
     For tests and when a run is resumed every parameter must be there in its shape. To start a training from, a
     checkpoint may have other heads, but half of the model's parameters must fit. A published classifier, which has no
-    name for its backbone, is taken as backbone and head.
+    name for its backbone, is taken as backbone and head; this comes before other hooks, so that a moving average of
+    the weights starts from it too.
     """
 
-    priority = 'LOWEST'
+    priority = 'HIGHEST'
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Compare names and shapes before anything is loaded."""
