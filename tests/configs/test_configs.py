@@ -12,7 +12,7 @@ from mmengine.registry import PARAM_SCHEDULERS, init_default_scope
 
 CONFIGS = Path(__file__).parent.parent.parent / 'configs'
 NAMES = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob('*.py') if '_base_' not in path.parts)
-DETECTION = [name for name in NAMES if 'rcnn' in name and 'mambavision' not in name]
+DETECTION = [name for name in NAMES if 'cascade_mask_rcnn' in name and not name.startswith('deit')]
 VIM = [name for name in DETECTION if name.startswith('vim/')]
 
 

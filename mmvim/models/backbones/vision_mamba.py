@@ -187,7 +187,7 @@ class VisionMamba(BaseModule):
             layer_scale_init=layer_scale_init,
             scan_backend=scan_backend,
         )
-        rates = [0.0, *torch.linspace(0, drop_path_rate, self.depth, dtype=torch.float64).tolist()]
+        rates = [0.0, *torch.linspace(0, drop_path_rate, self.depth, dtype=torch.float64, device='cpu').tolist()]
         built = max(self.out_indices) + 1
         self.layers = nn.ModuleList(VimBlock(self.embed_dims, rates[i], norm_eps, mixer) for i in range(built))
         self.norm_f = nn.RMSNorm(self.embed_dims, eps=norm_eps) if self.final_norm else nn.Identity()

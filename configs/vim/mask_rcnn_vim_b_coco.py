@@ -1,0 +1,3 @@
+_base_ = './mask_rcnn_vim_ti_coco.py'
+
+model = dict(backbone=dict(arch='base'), neck=dict(in_channels=768))

@@ -1,0 +1,14 @@
+# The recipe of cascade_mask_rcnn_vim_ti_coco.py. Start from ImageNet weights with
+#   --cfg-options model.backbone.init_cfg.type=Pretrained model.backbone.init_cfg.checkpoint=FILE
+_base_ = [
+    '../_base_/models/mask-rcnn_vim.py',
+    '../_base_/datasets/coco_instance_lsj.py',
+    '../_base_/schedules/adamw_184k.py',
+    '../_base_/default_runtime.py',
+]
+
+model = dict(
+    data_preprocessor=dict(batch_augments=[dict(type='BatchFixedSizePad', size=_base_.image_size, pad_mask=True)]),
+    backbone=dict(img_size=_base_.image_size),
+)
+optim_wrapper = dict(paramwise_cfg=dict(decay_rate=0.837))
