@@ -1,0 +1,12 @@
+_base_ = '../vim/upernet_vim-ti_camvid-480x360.py'
+
+model = dict(
+    backbone=dict(
+        _delete_=True,
+        type='mmvim.VisionTransformer',
+        arch='deit-tiny',
+        img_size=(256, 320),
+        out_indices=(2, 5, 8, 11),
+        out_type='featmap',
+    )
+)

@@ -1,0 +1,9 @@
+_base_ = './upernet_vim-s_8xb4-60k_ade20k-512x512.py'
+
+embed_dims = 768
+model = dict(
+    backbone=dict(arch='base'),
+    neck=dict(embed_dim=embed_dims),
+    decode_head=dict(in_channels=[embed_dims] * 4, channels=embed_dims),
+    auxiliary_head=dict(in_channels=embed_dims),
+)

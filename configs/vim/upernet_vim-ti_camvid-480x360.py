@@ -1,0 +1,18 @@
+# From random weights on 100 street scenes, with heads small enough for a CPU; data and schedule are MambaVision's.
+_base_ = '../mambavision/upernet_mambavision-t_camvid-480x360.py'
+
+embed_dims = 192
+model = dict(
+    backbone=dict(
+        _delete_=True,
+        type='mmvim.VisionMamba',
+        arch='tiny',
+        img_size=(256, 320),
+        out_indices=(5, 11, 17, 23),
+        out_type='featmap',
+        cls_token=None,
+    ),
+    neck=dict(type='Feature2Pyramid', embed_dim=embed_dims, norm_cfg=dict(type='BN')),
+    decode_head=dict(in_channels=[embed_dims] * 4),
+    auxiliary_head=dict(in_channels=embed_dims),
+)
