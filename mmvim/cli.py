@@ -356,7 +356,7 @@ def _flip_pipeline(pipeline: list[dict]) -> list[dict]:
 
 def run(tool: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
     """Run a tool; end with status 1 and one line if the input is at fault, 130 if it was interrupted."""
-    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    os.environ.setdefault('LOCAL_RANK', str(getattr(args, 'local_rank', 0)))
     try:
         if args.device == 'cuda':
             import torch

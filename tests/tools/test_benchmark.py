@@ -1,0 +1,107 @@
+"""tools/benchmark.py: real sweeps of small models."""
+
+import csv
+import json
+
+import pytest
+
+from mmvim.analysis import benchmark
+from mmvim.errors import InputError
+
+CONFIG = """
+model = dict(
+    backbone=dict(type='mmvim.{kind}', arch={arch}, out_type='featmap', {options}),
+    neck=dict(type='mmvim.SimpleFPN', in_channels=32, out_channels=16, num_outs=5),
+)
+"""
+
+
+@pytest.fixture
+def configs(tmp_path):
+    """Two small plain backbones with a pyramid."""
+    vim, deit = tmp_path / 'small_vim.py', tmp_path / 'small_deit.py'
+    vim.write_text(CONFIG.format(kind='VisionMamba', arch=dict(embed_dims=32, depth=2), options='cls_token=None'))
+    arch = dict(embed_dims=32, depth=2, num_heads=2)
+    deit.write_text(CONFIG.format(kind='VisionTransformer', arch=arch, options='with_cls_token=False'))
+    return [str(vim), str(deit)]
+
+
+def sweep(*arguments):
+    return benchmark.Sweep(benchmark.parser().parse_args([str(a) for a in arguments]))
+
+
+def test_rows_files_and_plots(configs, tmp_path, capsys):
+    out = tmp_path / 'out'
+    arguments = [*configs, '--resolutions', 32, 48, '--batch-sizes', 2, '--fpn', 'both', '--repeats', 2, '--out', out]
+    benchmark.main(benchmark.parser().parse_args([str(a) for a in (*arguments, '--no-memory')]))
+    rows = json.loads((out / 'benchmark.json').read_text())
+    assert {(r['model'], r['resolution'], r['fpn']) for r in rows} == {
+        (model, size, fpn) for model in ('small_vim', 'small_deit') for size in (32, 48) for fpn in (False, True)
+    }
+    for row in rows:
+        assert 0 < row['fastest_ms'] <= row['latency_ms'] <= row['slowest_ms']
+        assert row['images_per_second'] == pytest.approx(2e3 / row['latency_ms'])
+        assert (
+            row['baseline'] == 'small_vim' and {'device', 'threads', 'torch', 'commit', 'dtype', 'mode'} <= row.keys()
+        )
+        assert (row['speed_ratio'] == 1) == (row['model'] == 'small_vim')
+    with open(out / 'benchmark.csv') as file:
+        assert len(list(csv.DictReader(file))) == 8
+    assert (out / 'speed.png').read_bytes().startswith(b'\x89PNG') and '<svg' in (out / 'speed.svg').read_text()
+    assert 'times the speed of small_vim' in capsys.readouterr().out
+
+
+def test_a_broken_sweep_goes_on(configs, tmp_path):
+    out = tmp_path / 'out'
+    arguments = [*configs, '--resolutions', 32, 48, '--repeats', 1, '--no-memory', '--out', out]
+    whole = sweep(*arguments).run()
+    (out / 'benchmark.json').write_text(json.dumps(whole[:2]))
+    with pytest.raises(InputError, match='--resume'):
+        sweep(*arguments)
+    again = sweep(*arguments, '--resume').run()
+    assert again[:2] == whole[:2]
+    assert [(r['model'], r['resolution']) for r in again] == [(r['model'], r['resolution']) for r in whole]
+
+
+def test_training_in_bfloat16(configs, tmp_path):
+    arguments = ['--resolutions', 32, '--repeats', 1, '--no-memory', '--train', '--dtype', 'bfloat16']
+    (row,) = sweep(configs[0], *arguments, '--out', tmp_path / 'out').run()
+    assert row['mode'] == 'training' and row['dtype'] == 'bfloat16' and row['latency_ms'] > 0
+
+
+def test_memory_of_a_process_of_its_own(configs, tmp_path):
+    (row,) = sweep(configs[1], '--resolutions', 768, '--repeats', 1, '--out', tmp_path / 'out').run()
+    assert 5 < row['memory_mib'] < 2000
+
+
+def test_memory_that_does_not_suffice_is_recorded(configs, tmp_path, monkeypatch):
+    def refuse(*args):
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+
+    monkeypatch.setattr(benchmark, 'runner', lambda *args: refuse)
+    (row,) = sweep(configs[0], '--resolutions', 32, '--no-memory', '--out', tmp_path / 'out').run()
+    assert row['error'] == 'out of memory' and 'latency_ms' not in row
+
+
+def test_both_kinds_of_attention_by_name(tmp_path):
+    found = sweep('vim-tiny', 'deit-tiny', '--attention', 'both', '--baseline', 'deit-tiny', '--out', tmp_path / 'out')
+    assert list(found.models) == ['vim-tiny', 'deit-tiny (sdpa)', 'deit-tiny (materialized)']
+    assert found.baseline == 'deit-tiny (sdpa)'
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (['vim-huge'], "unknown model 'vim-huge': give the path of a config .* vim-tiny"),
+        (['vim-tiny', '--device', 'cuda:7'], '--device cuda:7: '),
+        (['vim-tiny', '--device', 'gpu'], '--device gpu: '),
+        (['vim-tiny', '--resolutions', '0'], '--resolutions: 0 is not positive'),
+        (['vim-tiny', '--batch-sizes', '-1'], '--batch-sizes: -1 is not positive'),
+        (['vim-tiny', '--baseline', 'deit-tiny'], '--baseline deit-tiny: not one of the measured models vim-tiny'),
+        (['vim-tiny:depth=3'], 'mmvim.VisionMamba at 224 px: .*depth'),
+    ],
+)
+def test_bad_input_ends_before_anything_is_measured(arguments, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        sweep(*arguments, '--out', tmp_path / 'out')
+    assert not (tmp_path / 'out').exists()
