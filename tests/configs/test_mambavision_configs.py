@@ -21,7 +21,7 @@ from mmvim.models import MambaVision
 
 CONFIGS = Path(__file__).parents[2] / 'configs'
 FILES = sorted(path.name for path in (CONFIGS / 'mambavision').glob('*.py'))
-NAMES = [name for name in FILES if name != 'upernet_r18_camvid-480x360.py']  # a control
+NAMES = [name for name in FILES if name != 'upernet_r18_camvid-240x180.py']  # a control
 DEMOS = ['demo/mask_rcnn_mambavision_shapes.py', 'demo/upernet_mambavision_shapes.py']
 CASCADE = 'cascade-mask-rcnn_mambavision-{}_fpn_4conv1fc-giou_amp-ms-crop-3x_coco.py'
 UPERNET = 'upernet_mambavision-{}_8xb2-160k_ade20k-512x512.py'
@@ -65,7 +65,7 @@ def test_all_that_was_promised_is_there():
     promised += [f'mambavision-{size}_32xb128_in1k-512px.py' for size in ('l2', 'l3')]
     promised += [f'mask-rcnn_mambavision-{size}_fpn_amp-ms-crop-3x_coco.py' for size in 'ts']
     promised += ['mask-rcnn_mambavision-t_fpn_1x_coco.py', 'upernet_mambavision-l3_8xb2-160k_ade20k-640x640.py']
-    promised += ['mask-rcnn_mambavision-t_fpn_coco-folder.py', 'upernet_mambavision-t_camvid-480x360.py']
+    promised += ['mask-rcnn_mambavision-t_fpn_coco-folder.py', 'upernet_mambavision-t_camvid-240x180.py']
     assert set(promised) <= set(NAMES)
     assert len(NAMES) == len(promised) + len([name for name in NAMES if 'attention' in name or 'mixer' in name])
 
@@ -391,7 +391,7 @@ def test_a_published_classifier_evaluates_as_downloaded(tmp_path, monkeypatch, p
 
 
 def test_the_control_differs_from_mambavision_in_the_backbone_alone(load):
-    ours, control = load('upernet_mambavision-t_camvid-480x360.py'), load('upernet_r18_camvid-480x360.py')
+    ours, control = load('upernet_mambavision-t_camvid-240x180.py'), load('upernet_r18_camvid-240x180.py')
     with torch.device('meta'):
         backbone = MODELS.build({**control.model.backbone, '_scope_': 'mmseg'})
         shapes = [out.shape[1] for out in backbone(torch.empty(1, 3, 64, 64))]
@@ -405,7 +405,7 @@ def test_the_control_differs_from_mambavision_in_the_backbone_alone(load):
 
 
 def test_what_is_not_labelled_counts_nowhere(load):
-    cfg = load('upernet_mambavision-t_camvid-480x360.py')
+    cfg = load('upernet_mambavision-t_camvid-240x180.py')
     crop = next(step for step in cfg.train_dataloader.dataset.pipeline if step.type == 'RandomCrop')
     model = cfg.model
     parts = (cfg.val_evaluator, cfg.val_dataloader.dataset, crop, model.decode_head, model.auxiliary_head)

