@@ -81,6 +81,19 @@ def test_case_list_covers_what_it_promises():
     assert len({case.label for case in chosen}) == len(chosen)
 
 
+@pytest.mark.parametrize('seed', range(3))
+def test_error_where_states_decay_slowly(seed):
+    """An exponential whose error is the same for neighbouring steps shows here: it adds up over the memory's length."""
+    generator = torch.Generator().manual_seed(seed)
+    L, D, N = 1500, 24, 2
+    u, dt, B, C = (torch.randn(1, L, n, generator=generator) for n in (D, D, N, N))
+    A = -0.004 - 0.02 * torch.rand(D, N, generator=generator)
+    x = [u, dt * 0.5 + 2, A, B, C]
+    exact = selective_scan(*(t.double() for t in x), dt_softplus=True, backend='torch')
+    plain, ours = (selective_scan(*x, dt_softplus=True, backend=name).double() for name in ('torch', 'numba'))
+    assert (ours - exact).norm() <= 1.5 * (plain - exact).norm()
+
+
 @pytest.mark.parametrize('seed', range(10))
 def test_error_is_at_most_twice_that_of_the_float32_reference(seed):
     generator = torch.Generator().manual_seed(seed)
