@@ -163,14 +163,13 @@ def draw_scan(path: Path, picture: np.ndarray, block: Block, place: tuple[int, i
 
 def _draw_way(axis: Axes, block: Block, backward: bool) -> None:
     """The way of the scan as a line through the token centres, with an arrow at the end of the first rows."""
-    width = block.places.shape[1]
+    height, width = block.places.shape
     order = torch.argsort(block.places.flatten(), descending=backward).tolist()
     centres = np.array([_centre(divmod(i, width), block) for i in order])
     axis.plot(*centres.T, color='white', linewidth=0.6, alpha=0.7)
     axis.plot(*centres[0], 'o', color='tab:green', markersize=7)
     axis.plot(*centres[-1], 's', color='tab:red', markersize=7)
-    step = max(width - 1, 1)
-    for start in range(0, len(centres) - 1, max(len(centres) // 8, step)):
+    for start in range(0, len(centres) - 1, width * -(-height // 8)):
         axis.annotate(
             '', centres[start + 1], centres[start], arrowprops=dict(arrowstyle='-|>', color='white', linewidth=1.2)
         )

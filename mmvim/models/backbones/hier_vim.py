@@ -11,7 +11,6 @@ from torch.utils.checkpoint import checkpoint
 
 from mmvim.checkpoints import load_hier_vim
 from mmvim.models.layers.norm import LayerNorm2d
-from mmvim.models.layers.patch_embed import lecun_normal_
 from mmvim.models.layers.vim_mixer import DIRECTIONS, VimMixer
 from mmvim.registry import MODELS
 
@@ -217,8 +216,8 @@ class HierVim(BaseModule):
     def init_weights(self) -> None:
         """Initialise all parameters, then load what ``init_cfg`` names."""
         if not self.is_init:
-            lecun_normal_(self.patch_embed.projection.weight)
-            nn.init.zeros_(self.patch_embed.projection.bias)
+            # With a bias of zero, padded pixels would stay zero, and every norm would multiply their gradient by 316.
+            self.patch_embed.projection.reset_parameters()
             for module in self.modules():
                 if isinstance(module, VimMixer):
                     module.init_weights(sum(self.depths))
