@@ -61,7 +61,7 @@ def test_all_that_was_promised_is_there():
         promised += [ADE20K.format('deit', size, schedule) for size in ('ti', 's')]
     promised += [f'{family}/{family}-{size}_8xb128_in1k.py' for family in ('vim', 'deit') for size in ('ti', 's', 'b')]
     promised += [f'vim/vim-{size}-stride8_8xb128-30e_in1k.py' for size in ('ti', 's')]
-    promised += ['vim/upernet_vim-ti_camvid-480x360.py', 'deit/upernet_deit-ti_camvid-480x360.py']
+    promised += ['vim/upernet_vim-ti_camvid-240x180.py', 'deit/upernet_deit-ti_camvid-240x180.py']
     assert set(promised) <= set(NAMES)
 
 

@@ -1,5 +1,5 @@
 # From random weights on 100 street scenes, with heads small enough for a CPU; data and schedule are MambaVision's.
-_base_ = '../mambavision/upernet_mambavision-t_camvid-480x360.py'
+_base_ = '../mambavision/upernet_mambavision-t_camvid-240x180.py'
 
 embed_dims = 192
 model = dict(
@@ -7,7 +7,7 @@ model = dict(
         _delete_=True,
         type='mmvim.VisionMamba',
         arch='tiny',
-        img_size=(256, 320),
+        img_size=(160, 192),
         out_indices=(5, 11, 17, 23),
         out_type='featmap',
         cls_token=None,

@@ -1,11 +1,11 @@
-_base_ = '../vim/upernet_vim-ti_camvid-480x360.py'
+_base_ = '../vim/upernet_vim-ti_camvid-240x180.py'
 
 model = dict(
     backbone=dict(
         _delete_=True,
         type='mmvim.VisionTransformer',
         arch='deit-tiny',
-        img_size=(256, 320),
+        img_size=(160, 192),
         out_indices=(2, 5, 8, 11),
         out_type='featmap',
     )
