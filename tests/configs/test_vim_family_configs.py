@@ -161,9 +161,34 @@ def test_one_training_step_and_one_prediction_at_a_reduced_size(load, name):
     """On images of two sizes, none a multiple of the patch; slide tests have a crop larger than the image."""
     torch.manual_seed(0)
     cfg = load(name)
-    scope, family = cfg.default_scope, name.partition('/')[0]
-    sizes = [(64, 64)] * 2 if scope == 'mmpretrain' else [(90, 70), (60, 70)]
-    model = MODELS.build(reduced(cfg, family, sizes[0]))
+    sizes = [(64, 64)] * 2 if cfg.default_scope == 'mmpretrain' else [(90, 70), (60, 70)]
+    model = MODELS.build(reduced(cfg, name.partition('/')[0], sizes[0]))
+    check_training_and_prediction(cfg, model, sizes)
+
+
+@pytest.mark.slow  # run by `pytest -m slow`
+@pytest.mark.parametrize(
+    ('name', 'size'),
+    [
+        ('vim/mask_rcnn_vim_ti_coco.py', (1024, 1024)),
+        ('vim/upernet_vim-ti_8xb4-60k_ade20k-512x512.py', (512, 512)),
+        ('vim/vim-ti-stride8_8xb128-30e_in1k.py', (224, 224)),
+        ('deit/cascade_mask_rcnn_deit_ti_coco.py', (1024, 1024)),
+        ('deit/upernet_deit-ti_8xb2-160k_ade20k-512x512.py', (512, 512)),
+    ],
+)
+def test_one_training_step_and_one_prediction_at_full_size(load, name, size):
+    torch.manual_seed(0)
+    cfg = load(name)
+    cfg.model.backbone.drop_path_rate = 0.0  # else whole blocks may get no gradient
+    if cfg.default_scope == 'mmpretrain':
+        cfg.model.data_preprocessor = cfg.data_preprocessor  # as a runner does
+    check_training_and_prediction(cfg, MODELS.build(cfg.model), [size] * (1 if cfg.default_scope == 'mmdet' else 2))
+
+
+def check_training_and_prediction(cfg, model, sizes):
+    """One step by the config's optimiser moves the whole backbone; the prediction has the size of the image."""
+    scope = cfg.default_scope
     model.backbone.init_weights()  # a class token of zeros would stay zero
     wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
     before = {key: parameter.detach().clone() for key, parameter in model.named_parameters()}
@@ -174,9 +199,9 @@ def test_one_training_step_and_one_prediction_at_a_reduced_size(load, name):
     with torch.no_grad():
         predictions = model.eval().test_step(samples(scope, sizes[:1]))
     if scope == 'mmdet':
-        assert predictions[0].pred_instances.masks.shape == (len(predictions[0].pred_instances.bboxes), 90, 70)
+        assert predictions[0].pred_instances.masks.shape == (len(predictions[0].pred_instances.bboxes), *sizes[0])
     elif scope == 'mmseg':
-        assert predictions[0].pred_sem_seg.data.shape == (1, 90, 70)
+        assert predictions[0].pred_sem_seg.data.shape == (1, *sizes[0])
     else:
         assert predictions[0].pred_score.sum() == pytest.approx(1)
 
