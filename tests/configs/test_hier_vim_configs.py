@@ -1,6 +1,7 @@
 """Every Hier-Vim and ablation config builds, trains and predicts at a reduced size, and differs where it says."""
 
 import copy
+import functools
 import re
 from importlib import import_module
 from pathlib import Path
@@ -33,21 +34,32 @@ IMAGENET = 'vim_ablations/vim-ti-{}_8xb128_in1k.py'
 SEGMENTER = 'vim_ablations/segmenter_vim-ti{}_8xb2-160k_ade20k-512x512.py'
 
 
-@pytest.fixture
-def load(load_config, tmp_path):
+@pytest.fixture(scope='module')
+def read(load_config, tmp_path_factory):
+    """Read a config, each but once: mmengine reads all metafiles of a host for each base that is a host's."""
+    folder = tmp_path_factory.mktemp('data')
     classes = '[{"id": 1, "name": "a"}, {"id": 2, "name": "b"}]'
-    (tmp_path / 'a.json').write_text(f'{{"images": [], "annotations": [], "categories": {classes}}}')
+    (folder / 'a.json').write_text(f'{{"images": [], "annotations": [], "categories": {classes}}}')
 
+    @functools.cache
     def read(name):
-        keys = dict(data_root=str(tmp_path), train_ann='a.json', val_ann='a.json') if 'folder' in name else {}
-        cfg = load_config(name, **keys)
+        keys = dict(data_root=str(folder), train_ann='a.json', val_ann='a.json') if 'folder' in name else {}
+        return load_config(name, **keys)
+
+    return read
+
+
+@pytest.fixture
+def load(read):
+    def load(name):
+        cfg = copy.deepcopy(read(name))
         init_default_scope(cfg.default_scope)
         import_module(f'{cfg.default_scope}.models')  # not first under torch.device('meta')
         if 'data_preprocessor' not in cfg.model:
             cfg.model.data_preprocessor = cfg.data_preprocessor  # as a runner does
         return cfg
 
-    return read
+    return load
 
 
 def test_all_that_was_promised_is_there():
