@@ -171,7 +171,26 @@ def test_a_published_classifier(check):
 @pytest.mark.parametrize(
     'family, settings, configs',
     [
-        ('Vim', dict(kind='VisionMamba', arch='tiny'), ('vim/cascade_mask_rcnn_vim_ti_coco.py',)),
+        (
+            'Vim',
+            dict(kind='VisionMamba', arch='tiny'),
+            (
+                'vim/vim-ti_8xb128_in1k.py',
+                'vim/cascade_mask_rcnn_vim_ti_coco.py',
+                'vim/upernet_vim-ti_8xb4-60k_ade20k-512x512.py',
+            ),
+        ),
+        ('Vim', dict(kind='VisionMamba', arch='tiny', patch_stride=8), ('vim/vim-ti-stride8_8xb128-30e_in1k.py',)),
+        (
+            'HierVim',
+            dict(kind='HierVim', arch='tiny'),
+            ('hier_vim/hier-vim-t_16xb64_in1k.py', 'hier_vim/mask-rcnn_hier-vim-t_fpn_1x_coco.py'),
+        ),
+        (
+            'DeiT',
+            dict(kind='VisionTransformer', arch='deit-tiny'),
+            ('deit/deit-ti_8xb128_in1k.py', 'deit/mask_rcnn_deit_ti_coco.py'),
+        ),
         ('Vim', dict(kind='VisionMamba', arch='small'), ('vim/cascade_mask_rcnn_vim_s_coco.py',)),
         (
             'MambaVision',
@@ -193,6 +212,8 @@ def test_configs_to_use(family, settings, configs):
     for name in listed:
         assert (REPOSITORY / name).is_file()
     assert not [name for name in listed if '-attention-' in name or '-mixer-' in name]
+    long = settings.get('patch_stride') == 8
+    assert [('stride8' in name) == long for name in found.get('classification', [])].count(False) == 0
     # another size's configs are no answer
     assert not {name for name in listed if '_vim_b' in name or 'mambavision-b' in name or 'mambavision-l' in name}
 
