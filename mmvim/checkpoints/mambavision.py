@@ -109,10 +109,12 @@ def explain_mambavision(
         }
         known = [place for place, places in pattern.items() if places == theirs['attention']]
         remedy = f'set attention={known[0]!r}' if known else 'no value of attention gives these'
-        reasons.append(f'the file has attention in {sum(theirs["attention"])} other blocks: {remedy}')
+        reasons.append(f'attention stands in other blocks of the file than of the model: {remedy}')
     for key in ('in_channels', 'd_state', 'mixer_symmetric', 'mixer_merge'):
         if key in theirs and key in ours and theirs[key] != ours[key]:
-            reasons.append(f'the file has {key} {theirs[key]!r}, the model {ours[key]!r}: set {key}={theirs[key]!r}')
+            where = ' in arch' if key == 'd_state' else ''
+            remedy = f'set {key}={theirs[key]!r}{where}'
+            reasons.append(f'the file has {key} {theirs[key]!r}, the model {ours[key]!r}: {remedy}')
     if 'norm.weight' in model and 'norm.weight' not in file:
         reasons.append("the file lacks the classifier's norm: set out_type='featmap'")
     return reasons or ['the file is incomplete or of another make: get it again from where it was published']
