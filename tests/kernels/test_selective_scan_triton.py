@@ -310,6 +310,6 @@ def test_the_table_answers_with_reasons(monkeypatch):
     assert 'tensors are on cpu' in why_not('cpu', torch.float32, 16)
     assert 'float64' in why_not('cuda', torch.float64, 16)
     assert 'state size is 65' in why_not('cuda', torch.float32, 65)
-    monkeypatch.setattr(scan_module, 'missing_package', lambda name: name == 'triton')
+    monkeypatch.setattr('ssm_kernels.dispatch.missing_package', lambda name: name == 'triton')
     assert 'pip install triton' in why_not('cuda', torch.float32, 16)
     assert scan_module._load_triton() is gpu.selective_scan_triton
