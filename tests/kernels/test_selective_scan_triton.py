@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ssm_kernels import bidirectional_selective_scan, selective_scan
+from ssm_kernels import bidirectional_selective_scan, dispatch, selective_scan
 
 pytest.importorskip('triton')
 import cases  # noqa: E402
@@ -25,6 +25,7 @@ from triton_runs import (  # noqa: E402
 from ssm_kernels.selective_scan import gpu  # noqa: E402
 
 scan_module = importlib.import_module('ssm_kernels.selective_scan')  # the package's attribute is the function
+TRITON = scan_module.BACKENDS[0]
 
 
 @skip_in_interpreter
@@ -304,12 +305,12 @@ def test_chunk_plan():
 
 def test_the_table_answers_with_reasons(monkeypatch):
     def why_not(device, dtype, n):
-        return scan_module._triton_why_not(SimpleNamespace(device=torch.device(device), dtype=dtype), n)
+        return TRITON.why_not(SimpleNamespace(device=torch.device(device), dtype=dtype), n)
 
     assert why_not('cuda', torch.bfloat16, 64) is None and why_not('xpu', torch.float32, 1) is None
     assert 'tensors are on cpu' in why_not('cpu', torch.float32, 16)
     assert 'float64' in why_not('cuda', torch.float64, 16)
     assert 'state size is 65' in why_not('cuda', torch.float32, 65)
-    monkeypatch.setattr('ssm_kernels.dispatch.missing_package', lambda name: name == 'triton')
+    monkeypatch.setitem(dispatch._INSTALLED, 'triton', False)
     assert 'pip install triton' in why_not('cuda', torch.float32, 16)
-    assert scan_module._load_triton() is gpu.selective_scan_triton
+    assert TRITON.load() is gpu.selective_scan_triton
