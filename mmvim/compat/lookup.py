@@ -30,16 +30,24 @@ def keep_host_scope() -> None:
 
     mmengine marks everything inherited from `package::` with that package as scope. A config of mmvim names its own
     parts with their scope and means its host's by all other names, so its `default_scope` is the scope to mark.
+
+    What a package path stands for is kept: mmengine reads all metafiles of the package for it, half a second a time.
     """
     original = Config._get_cfg_path
     if getattr(original, 'keeps_host_scope', False):
         return
 
+    known = {}
+
     @wraps(original)
     def get_cfg_path(cfg_path: str, filename: str) -> tuple[str, str | None]:
+        if cfg_path in known:
+            return known[cfg_path]
         path, scope = original(cfg_path, filename)
         if scope == SCOPE:
             scope = Config.fromfile(path, import_custom_modules=False).get('default_scope')
+        if '::' in cfg_path:
+            known[cfg_path] = path, scope
         return path, scope
 
     get_cfg_path.keeps_host_scope = True
