@@ -76,7 +76,8 @@ class CheckpointFitHook(Hook):
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Compare names and shapes before anything is loaded."""
         model, found = unwrapped(runner.model), find_state_dict(checkpoint, runner._load_from)
-        if hasattr(model, 'backbone') and not any(name.startswith('backbone.') for name in found):
+        classifies = hasattr(model, 'backbone') and hasattr(model, 'head')
+        if classifies and not any(name.startswith('backbone.') for name in found):
             found = checkpoint['state_dict'] = to_classifier(found)
         strict = runner._resume or getattr(runner, 'testing', False)
         report = compare(_convert_backbone(model, found, strict), model.state_dict())

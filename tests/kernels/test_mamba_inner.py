@@ -217,7 +217,7 @@ def test_operator_contract():
     x, z, weights = inputs(Row('small', L=5, D=6, N=2, R=1, batch=1), torch.float32)
     flat = [t for w in weights for t in w]
     torch.library.opcheck(cpu.forward_op, (x, z, flat, 0.5, False, False))
-    torch.library.opcheck(cpu.forward_op, (x, None, [*flat[:1], None, *flat[2:7]], 1.0, True, False))
+    torch.library.opcheck(cpu.forward_op, (x, None, [flat[0], x.new_empty(0), *flat[2:7]], 1.0, True, False))
 
 
 def test_compiled_whole():
@@ -231,6 +231,17 @@ def test_compiled_whole():
         for length in (197, 60):
             want = mamba_inner(x[:, :length], z[:, :length], weights, scale=0.5)
             assert torch.equal(call(x[:, :length], z[:, :length]), want)
+
+
+def test_traced():
+    x, z, weights = inputs(ROWS[6], torch.float32)
+    weights = [w._replace(D=None) for w in weights]
+    with torch.no_grad():
+        traced = torch.jit.trace(lambda x, z: mamba_inner(x, z, weights), (x, z))
+        for length in (197, 60):
+            torch.testing.assert_close(
+                traced(x[:, :length], z[:, :length]), mamba_inner(x[:, :length], z[:, :length], weights)
+            )
 
 
 GOOD = inputs(Row('good', L=4, D=6, N=3, R=2, batch=1), torch.float32)

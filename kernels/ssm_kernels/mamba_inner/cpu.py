@@ -21,13 +21,11 @@ SLAB = 6  # tiles that one task of the scan takes where there are enough tasks f
 WORDS = ('conv', 'conv_bias', 'x_proj', 'dt_proj', 'A', 'skip', 'dt_bias')  # of DirectionWeights, in order
 
 
-def _forward(
-    x: Tensor, z: Tensor | None, weights: list[Tensor | None], scale: float, reverse: bool, same: bool
-) -> Tensor:
+def _forward(x: Tensor, z: Tensor | None, weights: list[Tensor], scale: float, reverse: bool, same: bool) -> Tensor:
     batch, length, dim = x.shape
     dtype = x.dtype
     x, z = rows(x), rows(z)
-    weights = [whole(w) for w in weights]
+    weights = [whole(w) if w.numel() else None for w in weights]
     n, rank, width = weights[4].shape[1], weights[3].shape[1], weights[0].shape[1]
     K = len(weights) // len(WORDS)
     if dim % HALF:
@@ -59,7 +57,7 @@ forward_op = torch.library.custom_op(
     _forward,
     mutates_args=(),
     device_types='cpu',
-    schema='(Tensor x, Tensor? z, Tensor?[] weights, float scale, bool reverse, bool same) -> Tensor',
+    schema='(Tensor x, Tensor? z, Tensor[] weights, float scale, bool reverse, bool same) -> Tensor',
 )
 
 
@@ -72,4 +70,6 @@ def mamba_inner_numba(
     x: Tensor, z: Tensor | None, weights: list[DirectionWeights], scale: float, reverse: bool, padding: str
 ) -> Tensor:
     """``mamba_inner`` without gradients."""
-    return forward_op(x, z, [t for w in weights for t in w], scale, reverse, padding == 'same')
+    absent = x.new_empty(0)  # torch.jit.trace knows no lists with None
+    flat = [absent if t is None else t for w in weights for t in w]
+    return forward_op(x, z, flat, scale, reverse, padding == 'same')

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssm_kernels import causal_conv1d, same_conv1d, selective_scan
+from ssm_kernels import DirectionWeights, causal_conv1d, mamba_inner, same_conv1d
 
 # B batch, L tokens, D width, E = D / 2 width of a branch, N state size, R rank of delta
 
@@ -87,27 +87,19 @@ class MambaVisionMixer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens (B, L, D) -> tokens (B, L, D)."""
-        convolve = CONVS[self.conv]
-        xz = self.in_proj(x)
-        if self.symmetric:
-            weight = torch.cat((self.conv1d_x.weight, self.conv1d_z.weight))
-            x, z = convolve(xz, weight.squeeze(1)).chunk(2, dim=-1)
-        else:
-            x, z = xz.chunk(2, dim=-1)
-            x, z = convolve(x, self.conv1d_x.weight.squeeze(1)), F.silu(z)
-        dt, B, C = self.x_proj(x).split((self.dt_rank, self.d_state, self.d_state), dim=-1)
-        y = selective_scan(
-            x,
-            F.linear(dt, self.dt_proj.weight),
-            -self.A_log.float().exp(),
-            B,
-            C,
-            self.D.float(),
+        x, z = self.in_proj(x).chunk(2, dim=-1)
+        weights = DirectionWeights(
+            conv_weight=self.conv1d_x.weight.squeeze(1),
+            conv_bias=None,
+            x_proj=self.x_proj.weight,
+            dt_proj=self.dt_proj.weight,
+            A=-self.A_log.float().exp(),
+            D=self.D,
             # In the published models the projection adds its bias and the scan adds it again.
-            dt_bias=2 * self.dt_proj.bias.float(),
-            dt_softplus=True,
-            backend=self.scan_backend,
+            dt_bias=2 * self.dt_proj.bias,
         )
+        y = mamba_inner(x, None, [weights], padding=self.conv, backend=self.scan_backend)
+        z = CONVS[self.conv](z, self.conv1d_z.weight.squeeze(1)) if self.symmetric else F.silu(z)
         return self.out_proj(torch.cat((y, z), dim=-1) if self.merge == 'concat' else y * z)
 
 
