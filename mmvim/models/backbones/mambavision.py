@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mmvim.checkpoints import load_published_mambavision
-from mmvim.models.layers.mambavision_mixer import CONVS, DT_INITS, MERGES, MambaVisionMixer, SelfAttention, init_linear
+from mmvim.models.layers.mambavision_mixer import CONVS, DT_INITS, MERGES, MambaVisionMixer
 from mmvim.models.layers.norm import LayerNorm2d
+from mmvim.models.layers.transformer import Mlp, SelfAttention
 from mmvim.models.layers.windows import from_windows, to_windows, window_shape
 from mmvim.registry import MODELS
 
@@ -81,30 +82,6 @@ class ConvBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, H, W) -> map (B, C, H, W)."""
         return x + self.drop_path(self.norm2(self.conv2(self.act(self.norm1(self.conv1(x))))))
-
-
-class Mlp(nn.Module):
-    """Two linear layers with exact GELU between them.
-
-    Args:
-        embed_dims: channels C.
-        hidden: channels between the layers.
-    """
-
-    def __init__(self, embed_dims: int, hidden: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(embed_dims, hidden)
-        self.act = nn.GELU()
-        self.fc2 = nn.Linear(hidden, embed_dims)
-
-    def init_weights(self) -> None:
-        """Initialise both layers."""
-        init_linear(self.fc1)
-        init_linear(self.fc2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., C) -> (..., C)."""
-        return self.fc2(self.act(self.fc1(x)))
 
 
 class WindowBlock(nn.Module):

@@ -9,9 +9,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mmvim.checkpoints.deit import load_published_deit
-from mmvim.models.backbones.mambavision import Mlp
-from mmvim.models.layers.mambavision_mixer import SelfAttention
 from mmvim.models.layers.patch_embed import PatchEmbed, lecun_normal_, resize_pos_embed
+from mmvim.models.layers.transformer import Mlp, SelfAttention
 from mmvim.models.layers.windows import from_windows, to_windows
 from mmvim.registry import MODELS
 

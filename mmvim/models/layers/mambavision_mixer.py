@@ -1,4 +1,4 @@
-"""The two token mixers of MambaVision: a selective scan beside a branch without one, and self-attention."""
+"""MambaVision's own token mixer: a selective scan beside a branch without one."""
 
 import math
 
@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmvim.models.layers.transformer import init_linear
 from ssm_kernels import DirectionWeights, causal_conv1d, mamba_inner, same_conv1d
 
 # B batch, L tokens, D width, E = D / 2 width of a branch, N state size, R rank of delta
@@ -101,36 +102,3 @@ class MambaVisionMixer(nn.Module):
         y = mamba_inner(x, None, [weights], padding=self.conv, backend=self.scan_backend)
         z = CONVS[self.conv](z, self.conv1d_z.weight.squeeze(1)) if self.symmetric else F.silu(z)
         return self.out_proj(torch.cat((y, z), dim=-1) if self.merge == 'concat' else y * z)
-
-
-class SelfAttention(nn.Module):
-    """Multi-head self-attention through PyTorch's scaled_dot_product_attention.
-
-    Args:
-        embed_dims: width D.
-        num_heads: heads; they divide D.
-    """
-
-    def __init__(self, embed_dims: int, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(embed_dims, 3 * embed_dims)
-        self.proj = nn.Linear(embed_dims, embed_dims)
-        self.init_weights()
-
-    def init_weights(self) -> None:
-        """Initialise both projections."""
-        init_linear(self.qkv)
-        init_linear(self.proj)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Tokens (B, L, D) -> tokens (B, L, D)."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-
-
-def init_linear(linear: nn.Linear) -> None:
-    """Weights from the truncated normal of standard deviation 0.02, zero bias."""
-    nn.init.trunc_normal_(linear.weight, std=0.02)
-    if linear.bias is not None:
-        nn.init.zeros_(linear.bias)
