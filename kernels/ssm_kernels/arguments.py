@@ -37,6 +37,8 @@ def check_tensor(op: str, name: str, x: Tensor) -> None:
 
 def check_beside(op: str, name: str, tensor: Tensor, x: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
     """Raises ValueError unless tensor is on the device of the op's input x and has one of the dtypes."""
+    if isinstance(tensor, Tensor) and tensor.dtype in dtypes and tensor.device == x.device and 0 not in tensor.shape:
+        return
     check_tensor(op, name, tensor)
     if tensor.device != x.device:
         fail(op, name, f'is on {tensor.device}, x is on {x.device}; all tensors must be on one device')

@@ -76,8 +76,8 @@ class Worker:
 
     def __init__(self, make: Callable[[int], Callable], params: np.dtype, *modules: str) -> None:
         self._make, self._params, self._modules = make, params, modules
-        self._words = params.names[:-1]
-        self._pack = struct.Struct(f'{len(self._words)}qd')
+        self._defaults = dict.fromkeys(params.names[:-1], 0) | {'scale': 1.0}  # in the order of the block
+        self._pack = struct.Struct(f'{len(params.names) - 1}qd')
         self.compiled = None
         self._entry = None
 
@@ -97,10 +97,8 @@ class Worker:
         stride = (scratch_bytes + 127) // 64 * 64
         memory = scratch(threads * stride // 4 + 16)
         fields |= {'n_tasks': n_tasks, 'scratch': (memory.data_ptr() + 63) // 64 * 64, 'scratch_bytes': stride}
-        get = fields.get
-        block = ctypes.create_string_buffer(
-            self._pack.pack(*[get(word, 0) for word in self._words], get('scale', 1.0)), self._pack.size
-        )
+        packed = self._pack.pack(*(self._defaults | fields).values())
+        block = ctypes.create_string_buffer(packed, self._pack.size)
         params = ctypes.addressof(block)
         parallel = None if _forked else openmp()
         if threads == 1:

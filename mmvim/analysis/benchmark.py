@@ -44,6 +44,37 @@ def named_models() -> dict[str, dict]:
     return models
 
 
+def _is_registered(name: str) -> bool:
+    """Whether this is 'scope.Type' of a host's registry, or 'timm.name' of a model of timm."""
+    scope, _, kind = name.partition('.')
+    if scope == 'timm':
+        try:
+            import timm
+        except ImportError as error:
+            raise ConfigError(f'{name}: timm is not installed (pip install timm)') from error
+        return timm.is_model(kind)
+    if scope not in ('mmdet', 'mmseg', 'mmpretrain', 'mmvim'):
+        return False
+    from mmengine.registry import MODELS
+
+    return MODELS.get(name) is not None
+
+
+def _timm_model(name: str, resolution: int, maps: bool, options: dict) -> nn.Module:
+    """timm's model without its classifier; for a pyramid the maps that it offers as features."""
+    import timm
+
+    options = dict(options, pretrained=False)
+    options |= dict(features_only=True) if maps else dict(num_classes=0)
+    try:
+        model = timm.create_model(name, img_size=resolution, **options)
+    except TypeError:  # models of any size know no img_size
+        model = timm.create_model(name, **options)
+    if maps:
+        model.out_channels = model.feature_info.channels()
+    return model
+
+
 @dataclasses.dataclass(frozen=True)
 class Cell:
     """One measurement of all models: a point on the horizontal axis of the plots."""
@@ -57,8 +88,9 @@ def model_config(spec: str, attention: str) -> tuple[str, dict, dict | None, str
     """What a model's name or config file stands for.
 
     Args:
-        spec: a name of ``named_models``, with options behind a colon ('deit-tiny:attention=materialized'), or the path
-            of a config.
+        spec: a name of ``named_models``, with options behind a colon ('deit-tiny:attention=materialized'), a backbone
+            of a host or of timm with its options ('mmdet.ResNet:depth=50', 'timm.swin_tiny_patch4_window7_224'), or
+            the path of a config.
         attention: 'sdpa' or 'materialized', for models that have the choice and do not name it.
 
     Returns:
@@ -83,9 +115,12 @@ def model_config(spec: str, attention: str) -> tuple[str, dict, dict | None, str
         label = Path(name).stem
     elif name in named_models():
         backbone, neck, scope, label = named_models()[name], None, None, spec
+    elif _is_registered(name):
+        backbone, neck, scope, label = dict(type=name), None, None, spec
     else:
         raise ConfigError(
-            f"unknown model '{spec}': give the path of a config (.py) or one of {', '.join(named_models())}"
+            f"unknown model '{spec}': give the path of a config (.py), a host's backbone (mmdet.ResNet:depth=50), one "
+            f'of timm (timm.convnext_tiny), or one of {", ".join(named_models())}'
         )
     for option in filter(None, text.split(',')):
         key, _, value = option.partition('=')
@@ -114,11 +149,15 @@ def build(backbone: dict, neck: dict | None, scope: str | None, fpn: bool, resol
         backbone['img_size'] = resolution
     try:
         torch.manual_seed(0)
-        model = MODELS.build(backbone)
+        if backbone['type'].startswith('timm.'):
+            name = backbone.pop('type')
+            model = _timm_model(name.removeprefix('timm.'), resolution, fpn, backbone)
+        else:
+            model = MODELS.build(backbone)
         if not fpn:
             return model
         if neck is None:
-            channels = list(model.out_channels)
+            channels = _channels(model, resolution)
             if len(channels) == 1:
                 neck = dict(type='mmvim.SimpleFPN', in_channels=channels[0], out_channels=256, num_outs=5)
             else:
@@ -126,6 +165,15 @@ def build(backbone: dict, neck: dict | None, scope: str | None, fpn: bool, resol
         return nn.Sequential(model, MODELS.build(dict(neck)))
     except (TypeError, ValueError, KeyError) as error:
         raise InputError(f'{backbone["type"]} at {resolution} px: {error}') from error
+
+
+@torch.inference_mode()
+def _channels(model: nn.Module, resolution: int) -> list[int]:
+    """Channels of each map; a backbone that does not say so is asked by an image."""
+    if hasattr(model, 'out_channels'):
+        return list(model.out_channels)
+    model.eval()  # returns nothing in some backbones of hosts
+    return [y.shape[1] for y in model(torch.randn(1, 3, resolution, resolution))]
 
 
 def runner(model: nn.Module, x: Tensor, train: bool, autocast: torch.dtype | None) -> Callable[[], None]:

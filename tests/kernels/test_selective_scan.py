@@ -337,7 +337,7 @@ def test_opcheck(optional, monkeypatch):
 def test_double_backward_is_refused_clearly():
     x = {name: v.requires_grad_() for name, v in tensors(L=5, D=3, N=2).items()}
     grad = torch.autograd.grad(selective_scan(**x).sum(), x['u'], create_graph=True)[0]
-    with pytest.raises(RuntimeError, match='twice|autograd|backward'):
+    with pytest.raises(RuntimeError, match="backend 'numba' has no second derivative"):
         torch.autograd.grad(grad.sum(), x['u'])
 
 

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from mmvim.analysis import benchmark
-from mmvim.errors import InputError
+from mmvim.errors import ConfigError, InputError
 
 CONFIG = """
 model = dict(
@@ -105,3 +105,18 @@ def test_bad_input_ends_before_anything_is_measured(arguments, message, tmp_path
     with pytest.raises(InputError, match=message):
         sweep(*arguments, '--out', tmp_path / 'out')
     assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize('fpn', ['no', 'yes'])
+@pytest.mark.parametrize('spec', ['timm.convnext_atto', 'mmdet.ResNet:depth=18'])
+def test_backbones_of_hosts_and_timm(spec, fpn, configs, tmp_path):
+    arguments = [spec, configs[0], '--resolutions', 64, '--repeats', 1, '--no-memory', '--fpn', fpn]
+    rows = sweep(*arguments, '--out', tmp_path / 'out').run()
+    assert [row['model'] for row in rows] == [spec, 'small_vim']
+    assert all(row['latency_ms'] > 0 for row in rows)
+
+
+@pytest.mark.parametrize('spec', ['timm.no_such_model', 'mmdet.NoSuchModel', 'nobody.ResNet'])
+def test_unknown_backbones_of_hosts(spec, tmp_path):
+    with pytest.raises(ConfigError, match=f"unknown model '{spec}'"):
+        sweep(spec, '--out', tmp_path / 'out')

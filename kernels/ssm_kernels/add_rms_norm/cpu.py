@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..cpu_threads import address, empty, rows, whole
+from ..operators import define, refuse_second_derivative
 from . import cpu_kernel
 
 SPARE = 256  # bytes of scratch that a forward task needs
@@ -48,23 +49,6 @@ def _backward(
     return dx, dweight.sum(0).to(dtype)
 
 
-forward_op = torch.library.custom_op(
-    'ssm_kernels::add_rms_norm_numba',
-    _forward,
-    mutates_args=(),
-    device_types='cpu',
-    schema='(Tensor x, Tensor? residual, Tensor weight, float eps, ScalarType out_dtype) -> (Tensor, Tensor, Tensor)',
-)
-backward_op = torch.library.custom_op(
-    'ssm_kernels::add_rms_norm_numba_backward',
-    _backward,
-    mutates_args=(),
-    device_types='cpu',
-    schema='(Tensor? dout, Tensor? dstream, Tensor stream, Tensor weight, Tensor rstd) -> (Tensor, Tensor)',
-)
-
-
-@forward_op.register_fake
 def _forward_fake(x, residual, weight, eps, out_dtype):
     return (
         x.new_empty(x.shape, dtype=out_dtype),
@@ -73,9 +57,24 @@ def _forward_fake(x, residual, weight, eps, out_dtype):
     )
 
 
-@backward_op.register_fake
 def _backward_fake(dout, dstream, stream, weight, rstd):
     return stream.new_empty(stream.shape), weight.new_empty(weight.shape)
+
+
+forward_op = define(
+    'add_rms_norm_numba',
+    _forward,
+    _forward_fake,
+    '(Tensor x, Tensor? residual, Tensor weight, float eps, ScalarType out_dtype) -> (Tensor, Tensor, Tensor)',
+    'CPU',
+)
+backward_op = define(
+    'add_rms_norm_numba_backward',
+    _backward,
+    _backward_fake,
+    '(Tensor? dout, Tensor? dstream, Tensor stream, Tensor weight, Tensor rstd) -> (Tensor, Tensor)',
+    'CPU',
+)
 
 
 def _setup_context(ctx, inputs, output):
@@ -94,12 +93,8 @@ def _autograd(ctx, dout, dstream, drstd):
     return dx.to(ctx.x_dtype), dx if ctx.started else None, dweight, None, None
 
 
-def _no_second_derivative(ctx, *grads):
-    raise RuntimeError("add_rms_norm: backend 'numba' has no second derivative; take backend='torch'")
-
-
-forward_op.register_autograd(_autograd, setup_context=_setup_context)
-backward_op.register_autograd(_no_second_derivative)
+torch.library.register_autograd(forward_op, _autograd, setup_context=_setup_context)
+refuse_second_derivative(backward_op)
 
 
 def add_rms_norm_numba(

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..operators import define, refuse_second_derivative
 from ..triton_utils import empty, on_device
 
 FORWARD_TILE, BACKWARD_TILE = 2048, 1024  # values that a program holds at a time, if a row is not longer
@@ -139,22 +140,6 @@ def _backward(
     return dx, dresidual, parts.sum(0).to(weight.dtype)
 
 
-forward_op = torch.library.custom_op(
-    'ssm_kernels::add_rms_norm_triton',
-    _forward,
-    mutates_args=(),
-    schema='(Tensor x, Tensor? residual, Tensor weight, float eps, ScalarType out_dtype) -> (Tensor, Tensor, Tensor)',
-)
-backward_op = torch.library.custom_op(
-    'ssm_kernels::add_rms_norm_triton_backward',
-    _backward,
-    mutates_args=(),
-    schema='(Tensor dout, Tensor? dstream, Tensor stream, Tensor rstd, Tensor weight, ScalarType x_dtype, bool added)'
-    ' -> (Tensor, Tensor, Tensor)',
-)
-
-
-@forward_op.register_fake
 def _forward_fake(x, residual, weight, eps, out_dtype):
     return (
         x.new_empty(x.shape, dtype=out_dtype),
@@ -163,13 +148,27 @@ def _forward_fake(x, residual, weight, eps, out_dtype):
     )
 
 
-@backward_op.register_fake
 def _backward_fake(dout, dstream, stream, rstd, weight, x_dtype, added):
     return (
         stream.new_empty((0,) if added and x_dtype == torch.float32 else stream.shape, dtype=x_dtype),
         stream.new_empty(stream.shape if added else (0,), dtype=torch.float32),
         weight.new_empty(weight.shape),
     )
+
+
+forward_op = define(
+    'add_rms_norm_triton',
+    _forward,
+    _forward_fake,
+    '(Tensor x, Tensor? residual, Tensor weight, float eps, ScalarType out_dtype) -> (Tensor, Tensor, Tensor)',
+)
+backward_op = define(
+    'add_rms_norm_triton_backward',
+    _backward,
+    _backward_fake,
+    '(Tensor dout, Tensor? dstream, Tensor stream, Tensor rstd, Tensor weight, ScalarType x_dtype, bool added)'
+    ' -> (Tensor, Tensor, Tensor)',
+)
 
 
 def _setup_context(ctx, inputs, output):
@@ -194,12 +193,8 @@ def _autograd(ctx, dout, dstream, drstd):
     return dx, dresidual if ctx.added else None, dweight, None, None
 
 
-def _no_second_derivative(ctx, *grads):
-    raise RuntimeError("add_rms_norm: backend 'triton' has no second derivative; take backend='torch'")
-
-
-forward_op.register_autograd(_autograd, setup_context=_setup_context)
-backward_op.register_autograd(_no_second_derivative)
+torch.library.register_autograd(forward_op, _autograd, setup_context=_setup_context)
+refuse_second_derivative(backward_op)
 
 
 def add_rms_norm_triton(

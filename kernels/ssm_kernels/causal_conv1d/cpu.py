@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..cpu_threads import address, empty, rows, whole
+from ..operators import define, refuse_second_derivative
 from . import cpu_kernel
 
 
@@ -48,34 +49,32 @@ def _backward(
     return dx.to(dtype), dweight.sum(0).to(dtype_w), dbias
 
 
-forward_op = torch.library.custom_op(
-    'ssm_kernels::causal_conv1d_numba',
-    _forward,
-    mutates_args=(),
-    device_types='cpu',
-    schema='(Tensor x, Tensor weight, Tensor? bias, str padding, bool silu) -> Tensor',
-)
-backward_op = torch.library.custom_op(
-    'ssm_kernels::causal_conv1d_numba_backward',
-    _backward,
-    mutates_args=(),
-    device_types='cpu',
-    schema='(Tensor dy, Tensor x, Tensor weight, Tensor? bias, str padding, bool silu) -> (Tensor, Tensor, Tensor)',
-)
-
-
-@forward_op.register_fake
 def _forward_fake(x, weight, bias, padding, silu):
     return x.new_empty(weight.shape[0], *x.shape)
 
 
-@backward_op.register_fake
 def _backward_fake(dy, x, weight, bias, padding, silu):
     return (
         x.new_empty(x.shape),
         weight.new_empty(weight.shape),
         x.new_empty(0) if bias is None else bias.new_empty(bias.shape),
     )
+
+
+forward_op = define(
+    'causal_conv1d_numba',
+    _forward,
+    _forward_fake,
+    '(Tensor x, Tensor weight, Tensor? bias, str padding, bool silu) -> Tensor',
+    'CPU',
+)
+backward_op = define(
+    'causal_conv1d_numba_backward',
+    _backward,
+    _backward_fake,
+    '(Tensor dy, Tensor x, Tensor weight, Tensor? bias, str padding, bool silu) -> (Tensor, Tensor, Tensor)',
+    'CPU',
+)
 
 
 def _setup_context(ctx, inputs, output):
@@ -89,12 +88,8 @@ def _autograd(ctx, dy):
     return dx, dweight, None if bias is None else dbias, None, None
 
 
-def _no_second_derivative(ctx, *grads):
-    raise RuntimeError("causal_conv1d: backend 'numba' has no second derivative; take backend='torch'")
-
-
-forward_op.register_autograd(_autograd, setup_context=_setup_context)
-backward_op.register_autograd(_no_second_derivative)
+torch.library.register_autograd(forward_op, _autograd, setup_context=_setup_context)
+refuse_second_derivative(backward_op)
 
 
 def causal_conv1d_numba(x: Tensor, weight: Tensor, bias: Tensor | None, padding: str, silu: bool) -> Tensor:

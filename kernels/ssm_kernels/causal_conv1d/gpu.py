@@ -7,6 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..operators import define, refuse_second_derivative
 from ..triton_utils import empty, fast_math, on_device
 from .gpu_kernels import Shape, conv_backward_kernel, conv_forward_kernel
 
@@ -93,28 +94,28 @@ def _backward(
 
 
 _TENSORS = 'Tensor x, Tensor weight, Tensor? bias'
-forward_op = torch.library.custom_op(
-    'ssm_kernels::causal_conv1d_triton',
-    _forward,
-    mutates_args=(),
-    schema=f'({_TENSORS}, str padding, bool silu) -> Tensor',
-)
-backward_op = torch.library.custom_op(
-    'ssm_kernels::causal_conv1d_triton_backward',
-    _backward,
-    mutates_args=(),
-    schema=f'(Tensor dy, {_TENSORS}, str padding, bool silu) -> (Tensor, Tensor, Tensor)',
-)
 
 
-@forward_op.register_fake
 def _forward_fake(x, weight, bias, padding, silu):
     return x.new_empty(weight.shape[0], *x.shape)
 
 
-@backward_op.register_fake
 def _backward_fake(dy, x, weight, bias, padding, silu):
     return tuple(x.new_empty(0) if t is None else t.new_empty(t.shape) for t in (x, weight, bias))
+
+
+forward_op = define(
+    'causal_conv1d_triton',
+    _forward,
+    _forward_fake,
+    f'({_TENSORS}, str padding, bool silu) -> Tensor',
+)
+backward_op = define(
+    'causal_conv1d_triton_backward',
+    _backward,
+    _backward_fake,
+    f'(Tensor dy, {_TENSORS}, str padding, bool silu) -> (Tensor, Tensor, Tensor)',
+)
 
 
 def _setup_context(ctx, inputs, output):
@@ -128,12 +129,8 @@ def _autograd(ctx, dy):
     return (*(None if t is None else g for t, g in zip(tensors, grads, strict=True)), None, None)
 
 
-def _no_second_derivative(ctx, *grads):
-    raise RuntimeError("causal_conv1d: backend 'triton' has no second derivative; take backend='torch'")
-
-
-forward_op.register_autograd(_autograd, setup_context=_setup_context)
-backward_op.register_autograd(_no_second_derivative)
+torch.library.register_autograd(forward_op, _autograd, setup_context=_setup_context)
+refuse_second_derivative(backward_op)
 
 
 def causal_conv1d_triton(x: Tensor, weight: Tensor, bias: Tensor | None, padding: str, silu: bool) -> Tensor:

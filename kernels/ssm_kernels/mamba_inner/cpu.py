@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..cpu_threads import address, empty, rows, whole
 from ..cpu_vectors import HALF, LANES
+from ..operators import define
 from . import cpu_kernel
 
 if TYPE_CHECKING:
@@ -52,18 +53,17 @@ def _forward(x: Tensor, z: Tensor | None, weights: list[Tensor], scale: float, r
     return out if dtype == torch.float32 else out.to(dtype)
 
 
-forward_op = torch.library.custom_op(
-    'ssm_kernels::mamba_inner_numba',
-    _forward,
-    mutates_args=(),
-    device_types='cpu',
-    schema='(Tensor x, Tensor? z, Tensor[] weights, float scale, bool reverse, bool same) -> Tensor',
-)
-
-
-@forward_op.register_fake
 def _forward_fake(x, z, weights, scale, reverse, same):
     return x.new_empty(x.shape)
+
+
+forward_op = define(
+    'mamba_inner_numba',
+    _forward,
+    _forward_fake,
+    '(Tensor x, Tensor? z, Tensor[] weights, float scale, bool reverse, bool same) -> Tensor',
+    'CPU',
+)
 
 
 def mamba_inner_numba(

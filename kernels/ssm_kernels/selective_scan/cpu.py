@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..cpu_threads import address, empty, rows, whole
+from ..operators import define, refuse_second_derivative
 from . import cpu_kernel
 
 SLAB = 6  # tiles that one forward task takes where there are enough tasks for all threads
@@ -128,23 +129,8 @@ def _backward(
 
 _TENSORS = 'Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias'
 _OPTIONS = 'bool dt_softplus, bool reverse, float scale'
-forward_op = torch.library.custom_op(
-    'ssm_kernels::selective_scan_numba',
-    _forward,
-    mutates_args=(),
-    device_types='cpu',
-    schema=f'({_TENSORS}, {_OPTIONS}, bool save_states) -> (Tensor, Tensor, Tensor)',
-)
-backward_op = torch.library.custom_op(
-    'ssm_kernels::selective_scan_numba_backward',
-    _backward,
-    mutates_args=(),
-    device_types='cpu',
-    schema=f'(Tensor? dout, Tensor? dlast, {_TENSORS}, Tensor states, {_OPTIONS}) -> ({", ".join(["Tensor"] * 8)})',
-)
 
 
-@forward_op.register_fake
 def _forward_fake(u, dt, A, B, C, D, z, dt_bias, dt_softplus, reverse, scale, save_states):
     K, batch, L, dim = u.shape
     N = A.shape[-1]
@@ -156,10 +142,25 @@ def _forward_fake(u, dt, A, B, C, D, z, dt_bias, dt_softplus, reverse, scale, sa
     )
 
 
-@backward_op.register_fake
 def _backward_fake(dout, dlast, u, dt, A, B, C, D, z, dt_bias, states, dt_softplus, reverse, scale):
     return tuple(u.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
                  for x in (u, dt, A, B, C, D, z, dt_bias))  # fmt: skip
+
+
+forward_op = define(
+    'selective_scan_numba',
+    _forward,
+    _forward_fake,
+    f'({_TENSORS}, {_OPTIONS}, bool save_states) -> (Tensor, Tensor, Tensor)',
+    'CPU',
+)
+backward_op = define(
+    'selective_scan_numba_backward',
+    _backward,
+    _backward_fake,
+    f'(Tensor? dout, Tensor? dlast, {_TENSORS}, Tensor states, {_OPTIONS}) -> ({", ".join(["Tensor"] * 8)})',
+    'CPU',
+)
 
 
 def _setup_context(ctx, inputs, output):
@@ -178,7 +179,8 @@ def _autograd(ctx, dout, dlast, dstates):
     return (*(None if x is None else g for x, g in zip(tensors, grads, strict=True)), None, None, None, None)
 
 
-forward_op.register_autograd(_autograd, setup_context=_setup_context)
+torch.library.register_autograd(forward_op, _autograd, setup_context=_setup_context)
+refuse_second_derivative(backward_op)
 
 
 def selective_scan_numba(

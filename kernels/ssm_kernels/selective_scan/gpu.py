@@ -8,6 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..operators import define, refuse_second_derivative
 from ..triton_utils import empty, fast_math, on_device, widest_pack
 from .gpu_backward import scan_backward_kernel
 from .gpu_forward import RowStrides, Shape, chunk_state_kernel, pass_state_kernel, scan_forward_kernel
@@ -263,21 +264,8 @@ def _constant(x: Tensor) -> Tensor:
 
 _TENSORS = 'Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias'
 _OPTIONS = 'bool dt_softplus, bool reverse, float scale'
-forward_op = torch.library.custom_op(
-    'ssm_kernels::selective_scan_triton',
-    _forward,
-    mutates_args=(),
-    schema=f'({_TENSORS}, {_OPTIONS}, bool save_states) -> (Tensor, Tensor, Tensor)',
-)
-backward_op = torch.library.custom_op(
-    'ssm_kernels::selective_scan_triton_backward',
-    _backward,
-    mutates_args=(),
-    schema=f'(Tensor? dy, Tensor? dlast, {_TENSORS}, Tensor states, {_OPTIONS}) -> ({", ".join(["Tensor"] * 8)})',
-)
 
 
-@forward_op.register_fake
 def _forward_fake(u, dt, A, B, C, D, z, dt_bias, dt_softplus, reverse, scale, save_states):
     K, batch, length, dim = u.shape
     states = (K, batch, (length + BLOCK - 1) // BLOCK, dim, A.shape[-1]) if save_states else (0,)
@@ -288,9 +276,22 @@ def _forward_fake(u, dt, A, B, C, D, z, dt_bias, dt_softplus, reverse, scale, sa
     )
 
 
-@backward_op.register_fake
 def _backward_fake(dy, dlast, u, dt, A, B, C, D, z, dt_bias, states, dt_softplus, reverse, scale):
     return tuple(u.new_empty(0) if x is None else x.new_empty(x.shape) for x in (u, dt, A, B, C, D, z, dt_bias))
+
+
+forward_op = define(
+    'selective_scan_triton',
+    _forward,
+    _forward_fake,
+    f'({_TENSORS}, {_OPTIONS}, bool save_states) -> (Tensor, Tensor, Tensor)',
+)
+backward_op = define(
+    'selective_scan_triton_backward',
+    _backward,
+    _backward_fake,
+    f'(Tensor? dy, Tensor? dlast, {_TENSORS}, Tensor states, {_OPTIONS}) -> ({", ".join(["Tensor"] * 8)})',
+)
 
 
 def _setup_context(ctx, inputs, output):
@@ -309,12 +310,8 @@ def _autograd(ctx, dy, dlast, dstates):
     return (*(None if x is None else g for x, g in zip(tensors, grads, strict=True)), None, None, None, None)
 
 
-def _no_second_derivative(ctx, *grads):
-    raise RuntimeError("selective_scan: backend 'triton' has no second derivative; take backend='torch'")
-
-
-forward_op.register_autograd(_autograd, setup_context=_setup_context)
-backward_op.register_autograd(_no_second_derivative)
+torch.library.register_autograd(forward_op, _autograd, setup_context=_setup_context)
+refuse_second_derivative(backward_op)
 
 
 def selective_scan_triton(
