@@ -1,8 +1,15 @@
 """Optimiser wrappers and constructors, the runner and its checks."""
 
 from mmvim.engine.amp import AmpOptimWrapper
-from mmvim.engine.hooks import CheckpointFitHook, ClassCountHook
+from mmvim.engine.hooks import CheckpointFitHook, ClassCountHook, LabelMapHook
 from mmvim.engine.layer_decay import LayerDecayOptimWrapperConstructor
 from mmvim.engine.runner import Runner
 
-__all__ = ['AmpOptimWrapper', 'CheckpointFitHook', 'ClassCountHook', 'LayerDecayOptimWrapperConstructor', 'Runner']
+__all__ = [
+    'AmpOptimWrapper',
+    'CheckpointFitHook',
+    'ClassCountHook',
+    'LabelMapHook',
+    'LayerDecayOptimWrapperConstructor',
+    'Runner',
+]

@@ -15,7 +15,7 @@ from mmvim.engine.complete import check_data_root, complete_config, dataset_of
 from mmvim.errors import ConfigError
 from mmvim.registry import RUNNERS
 
-CHECKS = ('ClassCountHook', 'CheckpointFitHook')
+CHECKS = ('ClassCountHook', 'LabelMapHook', 'CheckpointFitHook')
 
 
 @RUNNERS.register_module()
@@ -23,7 +23,7 @@ class Runner(_Runner):
     """mmengine's Runner, which
 
     - fills in what follows from the data (:func:`mmvim.engine.complete.complete_config`),
-    - refuses heads that do not fit the classes, and checkpoints that do not fit the model,
+    - refuses heads and label maps that do not fit the classes, and checkpoints that do not fit the model,
     - trains in one or several processes on a CPU, with SyncBN turned into BatchNorm there,
     - logs the progress of a test at least ten times.
 
