@@ -42,8 +42,12 @@ def machine() -> dict[str, str | int]:
     for package in ('numba', 'llvmlite'):
         row[package] = importlib.metadata.version(package)
     root = Path(__file__).resolve().parents[2]
-    git = subprocess.run(['git', 'describe', '--always', '--dirty'], cwd=root, capture_output=True, text=True)
-    return row | {'commit': git.stdout.strip() or 'unknown', 'python': platform.python_version()}
+    try:
+        git = subprocess.run(['git', 'describe', '--always', '--dirty'], cwd=root, capture_output=True, text=True)
+        commit = git.stdout.strip()
+    except OSError:  # no git here
+        commit = ''
+    return row | {'commit': commit or 'unknown', 'python': platform.python_version()}
 
 
 def load_yardstick(path: Path | None) -> tuple[str, Callable]:

@@ -519,8 +519,12 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     root = Path(__file__).resolve().parents[2]
-    git = subprocess.run(['git', 'describe', '--always', '--dirty'], cwd=root, capture_output=True, text=True)
-    return found | {'commit': git.stdout.strip() or 'unknown'}
+    try:
+        git = subprocess.run(['git', 'describe', '--always', '--dirty'], cwd=root, capture_output=True, text=True)
+        commit = git.stdout.strip()
+    except OSError:  # no git here
+        commit = ''
+    return found | {'commit': commit or 'unknown'}
 
 
 def forget_peak() -> float:
