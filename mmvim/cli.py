@@ -15,6 +15,7 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner, find_latest_checkpoint
 
 import mmvim
+from mmvim.compat import explain_transformers
 from mmvim.engine.complete import complete_config
 from mmvim.errors import ConfigError, InputError
 
@@ -386,6 +387,14 @@ def explain(error: Exception) -> str | None:
         return f"{error.strerror}: '{error.filename}'; check the paths in the config" if error.filename else text
     if type(error).__name__ == 'OutOfMemoryError':
         return 'out of GPU memory: lower train_dataloader.batch_size, set model.backbone.with_cp=True, or use --amp'
+    if 'image size in a batch should be the same' in text or 'stack expects each tensor to be equal size' in text:
+        return (
+            'the images of a batch differ in size, which MMSegmentation takes in training alone and MMPretrain never: '
+            'resize or crop them to one size in the pipeline, or set batch_size=1 in the data loader'
+        )
+    of_transformers = explain_transformers(error)
+    if of_transformers:
+        return of_transformers
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if 'build_functions' in frame.filename]
     if not frames:
         return None

@@ -3,7 +3,7 @@
 from mmvim.compat.lookup import keep_host_scope, register_packages
 from mmvim.compat.mmcv_finder import serve_missing_ops
 from mmvim.compat.mmcv_ops import MissingOpError
-from mmvim.compat.versions import require
+from mmvim.compat.versions import explain_transformers, require
 
 
 def prepare_hosts() -> None:
@@ -13,4 +13,4 @@ def prepare_hosts() -> None:
     serve_missing_ops()
 
 
-__all__ = ['MissingOpError', 'prepare_hosts', 'require']
+__all__ = ['MissingOpError', 'explain_transformers', 'prepare_hosts', 'require']

@@ -93,11 +93,12 @@ class LabelMapHook(Hook):
         """Note what the heads of the model take."""
         model = unwrapped(runner.model)
         self.preprocessor = getattr(model, 'data_preprocessor', None)
-        self.heads = [
-            Legal(f'model.{name}', count, model.get_submodule(name).ignore_index)
-            for name, count in head_class_counts(model)
-            if hasattr(model.get_submodule(name), 'ignore_index')
-        ]
+        heads: dict[tuple, Legal] = {}  # one of those that take the same, as the maps are read for each
+        for name, count in head_class_counts(model):
+            head = model.get_submodule(name)
+            if hasattr(head, 'ignore_index'):
+                heads.setdefault((count, head.ignore_index), Legal(f'model.{name}', count, head.ignore_index))
+        self.heads = list(heads.values())
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None) -> None:
         """Check the label maps of a batch, and what they will be padded with, against the heads."""

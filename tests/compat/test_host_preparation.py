@@ -172,3 +172,28 @@ def test_missing_and_old_hosts_are_named_together(monkeypatch):
     monkeypatch.setitem(__import__('sys').modules, 'mmseg', None)
     with pytest.raises(ImportError, match=r'mmseg is not installed; mmdet is 2\.28\.0 .*mmvim\[all\]'):
         require('mmengine', 'mmseg', 'mmdet')
+
+
+@pytest.mark.parametrize('config', ['vim-ti_8xb128_in1k.py', 'upernet_vim-ti_8xb4-60k_ade20k-512x512.py'])
+def test_transformers_that_breaks_a_host_is_named(run_python, tmp_path, config):
+    """Its version is that of the distribution, and it lacks modules as version 5 lacks names."""
+    for module in ('__init__', 'models/__init__', 'models/auto/__init__', 'models/auto/auto_factory'):
+        path = tmp_path / 'transformers' / f'{module}.py'
+        path.parent.mkdir(exist_ok=True)
+        path.write_text('def __getattr__(name):\n    return type(name, (), {})\n')
+    (tmp_path / 'transformers-5.1.0.dist-info').mkdir()
+    (tmp_path / 'transformers-5.1.0.dist-info' / 'METADATA').write_text('Name: transformers\nVersion: 5.1.0\n')
+    out = run_python(
+        f"""
+import sys
+sys.stderr = sys.stdout
+from mmvim import cli
+try:
+    cli.run(cli.train, cli.train_parser().parse_args(['vim/{config}', '--work-dir', 'work']))
+except SystemExit as ended:
+    assert ended.code == 1
+"""
+    )
+    error = out.splitlines()[-1]
+    assert error.startswith('error: mmpretrain cannot be loaded with the installed transformers 5.1.0 (')
+    assert 'python -m pip install "transformers<5", or python -m pip uninstall transformers' in error
