@@ -1,59 +1,143 @@
-"""Formulas for what mmengine's FlopAnalyzer does not count: the operators of ssm_kernels, and fused attention.
+"""Parameters and floating-point operations of models: what tools/get_flops.py counts and shows.
 
-As mmengine counts, one multiplication with its addition is one. Elementwise work is left out, as there.
+As mmengine counts, one multiplication with its addition is one, and elementwise work is left out. The formulas are for
+mmengine's FlopAnalyzer, which traces a pass with real tensors, and for `count`, which makes the pass with fake tensors:
+these have shapes and no values, so that it takes neither time nor memory at any size.
 """
 
 # B batch, L tokens, D channels, N state size, R rank of dt, W width, K directions
 
+from __future__ import annotations
+
+import argparse
+import functools
+import inspect
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, field
 from math import prod
+from pathlib import Path
 
 import torch
 from mmengine.analysis import FlopAnalyzer
-from torch import nn
+from mmengine.config import Config, DictAction
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.flop_counter import flop_registry
+
+from mmvim.analysis.tables import table
+from mmvim.errors import ConfigError, DataError, InputError
 
 # Per channel, state and token: decay times state, input times step, and the read-out.
 SCAN = 3
+KINDS = dict(
+    linear='linear layers',
+    convolution='convolutions, those of one channel before the scans included',
+    scan=f'selective scans, {SCAN} for each channel, state and token',
+    attention='both products of attention, fused or not',
+    norm="normalisations, mmengine's 5 for a value of LayerNorm and 2 for one of BatchNorm; RMSNorm 3, or 4 with its "
+    'addition',
+    resampling='interpolation and pooling',
+)
+PUBLISHED = ('linear', 'convolution')  # what papers mostly count
+TRAINING_ONLY = ('auxiliary_head',)
+
+Shape = Sequence[int]
 
 
-def _sizes(value: torch._C.Value) -> list[int]:
-    return value.type().sizes()
+# ---- formulas: from the operator's arguments, shapes in the place of tensors, to operations by kind
 
 
-def attention(inputs: list[torch._C.Value], outputs: list[torch._C.Value]) -> int:
+def attention(q: Shape, k: Shape, *_) -> Counter[str]:
     """Both products of scaled_dot_product_attention: q (B, H, L, E), k and v (B, H, S, E)."""
-    (*heads, length, width), keys = _sizes(inputs[0]), _sizes(inputs[1])
-    return 2 * prod(heads) * length * keys[-2] * width
+    return Counter(attention=2 * prod(q) * k[-2])
 
 
-def selective_scan(inputs: list[torch._C.Value], outputs: list[torch._C.Value]) -> int:
+def selective_scan(u: Shape, dt: Shape, A: Shape, *_) -> Counter[str]:
     """u (K, B, L, D) and A (K, D, N): linear in the tokens."""
-    return SCAN * prod(_sizes(inputs[0])) * _sizes(inputs[2])[-1]
+    return Counter(scan=SCAN * prod(u) * A[-1])
 
 
-def causal_conv1d(inputs: list[torch._C.Value], outputs: list[torch._C.Value]) -> int:
+def causal_conv1d(x: Shape, weight: Shape, *_) -> Counter[str]:
     """x (B, L, D) and weight (K, D, W)."""
-    directions, _, width = _sizes(inputs[1])
-    return prod(_sizes(inputs[0])) * directions * width
+    return Counter(convolution=prod(x) * weight[0] * weight[2])
 
 
-def mamba_inner(inputs: list[torch._C.Value], outputs: list[torch._C.Value]) -> int:
-    """Convolution, x_proj, dt_proj and scan of every direction; x (B, L, D), then z, then the weights' list."""
-    weights = list(inputs[2].node().inputs())
-    per_value = 0
+def mamba_inner(x: Shape, z: Shape | None, weights: Sequence[Shape], *_) -> Counter[str]:
+    """Convolution, x_proj, dt_proj and scan of every direction; x (B, L, D), seven weights for a direction."""
+    found = Counter()
     for first in range(0, len(weights), 7):
         conv, _, x_proj, dt_proj, A = weights[first : first + 5]
-        per_value += _sizes(conv)[1] + _sizes(x_proj)[0] + _sizes(dt_proj)[1] + SCAN * _sizes(A)[1]
-    return prod(_sizes(inputs[0])) * per_value
+        found += Counter(convolution=conv[1], linear=x_proj[0] + dt_proj[1], scan=SCAN * A[1])
+    return Counter({kind: count * prod(x) for kind, count in found.items()})
 
 
-HANDLES = {'aten::scaled_dot_product_attention': attention} | {
+def add_rms_norm(x: Shape, residual: Shape | None, *_) -> Counter[str]:
+    """x (..., D): squares added up, scaled, weighted, and the addition before it."""
+    return Counter(norm=prod(x) * (3 if residual is None else 4))
+
+
+OURS = {
     f'ssm_kernels::{op.__name__}_{backend}': op
-    for op in (selective_scan, causal_conv1d, mamba_inner)
+    for op in (selective_scan, causal_conv1d, mamba_inner, add_rms_norm)
     for backend in ('numba', 'triton')
 }
 
 
-def analyzer(model: nn.Module, *inputs: torch.Tensor) -> FlopAnalyzer:
+def _norm(per_value: int, weight: int) -> Callable[..., Counter[str]]:
+    """Formula of a normalisation whose weights are the argument of this number."""
+    return lambda x, *args: Counter(norm=prod(x) * (per_value if args[weight - 1] is not None else per_value - 1))
+
+
+def _products(kind: str, op: object) -> Callable[..., Counter[str]]:
+    """PyTorch's own formula, which counts multiplications and additions."""
+    return lambda *args, out, **kwargs: Counter({kind: flop_registry[op](*args, out_val=out, **kwargs) // 2})
+
+
+aten = torch.ops.aten
+NEEDS_RESULT = {
+    'aten::mm': _products('linear', aten.mm),
+    'aten::addmm': _products('linear', aten.addmm),
+    'aten::bmm': _products('attention', aten.bmm),
+    'aten::baddbmm': _products('attention', aten.baddbmm),
+    'aten::convolution': _products('convolution', aten.convolution),
+    'aten::upsample_nearest2d': lambda *_, out: Counter(resampling=prod(out)),
+    'aten::upsample_bilinear2d': lambda *_, out: Counter(resampling=4 * prod(out)),
+}
+FORMULAS = OURS | {
+    'aten::_scaled_dot_product_flash_attention_for_cpu': attention,
+    'aten::native_layer_norm': _norm(5, 2),
+    'aten::native_group_norm': _norm(5, 1),
+    'aten::native_batch_norm': _norm(2, 1),
+    'aten::_native_batch_norm_legit_no_training': _norm(2, 1),
+    'aten::_adaptive_avg_pool2d': lambda x, *_: Counter(resampling=prod(x)),
+}  # fmt: skip
+
+
+# ---- mmengine's counter
+
+
+def _handle(formula: Callable[..., Counter[str]]) -> Callable[[list, list], int]:
+    return lambda inputs, outputs: sum(formula(*map(_traced_shape, inputs)).values())
+
+
+def _traced_shape(value: torch._C.Value) -> Shape | list[Shape] | None:
+    if value.node().kind() == 'prim::ListConstruct':
+        return [_traced_shape(entry) for entry in value.node().inputs()]
+    return value.type().sizes() if value.isCompleteTensor() else None
+
+
+HANDLES = {name: _handle(op) for name, op in OURS.items()} | {'aten::scaled_dot_product_attention': _handle(attention)}
+
+
+def analyzer(model: nn.Module, *inputs: Tensor) -> FlopAnalyzer:
     """mmengine's analyzer of model(*inputs) with these formulas.
 
     Args:
@@ -62,3 +146,426 @@ def analyzer(model: nn.Module, *inputs: torch.Tensor) -> FlopAnalyzer:
     """
     found = FlopAnalyzer(model, inputs if len(inputs) > 1 else inputs[0])
     return found.set_op_handle(**HANDLES).unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+
+
+# ---- counting without computing
+
+
+@dataclass
+class Cost:
+    """What one pass of a model costs.
+
+    Attributes:
+        shape: height and width of the image, pixels.
+        params: parameters of every part.
+        flops: operations of every part by kind, in the order of the model.
+        tokens: of the largest scan or attention, the batch of its windows and its padding included; 0 if there is none.
+        rois: proposals and masks that the second stage of a detector was counted for, None without one.
+        fake: whether nothing was computed.
+    """
+
+    shape: tuple[int, int]
+    params: dict[str, int]
+    flops: dict[str, Counter[str]] = field(default_factory=dict)
+    tokens: int = 0
+    rois: tuple[int, int] | None = None
+    fake: bool = True
+
+    @property
+    def kinds(self) -> Counter[str]:
+        """Operations of the whole model by kind."""
+        return sum(self.flops.values(), Counter())
+
+    @property
+    def total(self) -> int:
+        """Operations of the whole model."""
+        return self.kinds.total()
+
+    @property
+    def published(self) -> int:
+        """Operations of its linear layers and convolutions."""
+        return sum(self.kinds[kind] for kind in PUBLISHED)
+
+
+class _Counting(TorchDispatchMode):
+    """Adds every operator's work to a cost, under the part of the model that is in hand."""
+
+    def __init__(self, cost: Cost) -> None:
+        super().__init__()
+        self.cost, self.parts = cost, ['other']
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        name = func._schema.name
+        if name in FORMULAS or name in NEEDS_RESULT:
+            shapes, options, result = tree_map_only(Tensor, lambda x: tuple(x.shape), (args, kwargs, out))
+            if name in NEEDS_RESULT:
+                found = NEEDS_RESULT[name](*shapes, out=result, **options)
+            else:
+                found = FORMULAS[name](*shapes, **options)
+            self.cost.flops.setdefault(self.parts[-1], Counter()).update(found)
+            if FORMULAS.get(name) in (selective_scan, mamba_inner, attention):
+                first = shapes[0]  # (K, B, L, D), (B, L, D), (B, H, L, E)
+                tokens = first[0] * first[-2] if FORMULAS[name] is not selective_scan else first[1] * first[2]
+                self.cost.tokens = max(self.cost.tokens, tokens)
+        return out
+
+    @contextmanager
+    def watch(self, model: nn.Module) -> Iterator[None]:
+        """Notices which of the model's children every operator belongs to; the hosts call some by their forward."""
+
+        def within(part: str, forward: Callable) -> Callable:
+            @functools.wraps(forward)
+            def call(*args, **kwargs):
+                self.parts.append(part)
+                try:
+                    return forward(*args, **kwargs)
+                finally:
+                    self.parts.pop()
+
+            return call
+
+        modules = [(name.split('.')[0], module) for name, module in model.named_modules() if name]
+        for part, module in modules:
+            module.forward = within(part, module.forward)
+        try:
+            yield
+        finally:
+            for _, module in modules:
+                del module.forward
+
+
+def count(build: Callable[[], nn.Module], shapes: Sequence[tuple[int, int]]) -> list[Cost]:
+    """What a pass of one image of each shape costs.
+
+    Nothing is computed, unless the model's way depends on values in the image.
+
+    Args:
+        build: makes the model, of MMDetection, MMSegmentation or MMPretrain, or any that takes an image alone.
+        shapes: heights and widths, pixels.
+
+    Raises:
+        InputError: if the model cannot take such an image.
+    """
+    try:
+        model = hollow(build)
+        return [_count(model, shape, fake=True) for shape in shapes]
+    except Exception:  # some models look at values, and some refuse the shape: a real pass tells
+        model = build()
+        print('counting by a pass with values, which takes its time', file=sys.stderr)
+    for parameter in model.parameters():
+        parameter.detach().zero_()
+    return [_real(model, shape) for shape in shapes]
+
+
+def _real(model: nn.Module, shape: tuple[int, int]) -> Cost:
+    try:
+        return _count(model, shape, fake=False)
+    except Exception as error:
+        reason = str(error).strip().splitlines()
+        raise InputError(
+            f'{type(model).__name__} cannot take an image of {_by(shape)} pixels: '
+            f'{reason[0] if reason else repr(error)}'
+        ) from error
+
+
+def hollow(build: Callable[[], nn.Module]) -> nn.Module:
+    """The model without values for its parameters, as fast as it can be had."""
+    try:
+        with torch.device('meta'):
+            model = build()
+    except Exception:  # a constructor that looks at values
+        model = build()
+    with FakeTensorMode():
+        return model._apply(lambda x: torch.empty(x.shape, dtype=x.dtype, device='cpu'))
+
+
+def _count(model: nn.Module, shape: tuple[int, int], fake: bool) -> Cost:
+    params = {name: sum(p.numel() for p in child.parameters()) for name, child in model.named_children()}
+    params['other'] = sum(p.numel() for p in model.parameters()) - sum(params.values())
+    cost = Cost(shape, {name: number for name, number in params.items() if number}, fake=fake)
+    counting = _Counting(cost)
+    model.eval()
+    mode = next((p.fake_mode for p in model.parameters() if hasattr(p, 'fake_mode')), None)
+    with torch.no_grad(), mode or torch.random.fork_rng(devices=[]), counting, counting.watch(model):
+        image = torch.empty(1, 3, *shape) if fake else torch.rand(1, 3, *shape)
+        _forward(model, image, cost)
+    names = [name for name, _ in model.named_children()] + ['other']
+    cost.flops = {name: cost.flops.get(name, Counter()) for name in names if name in cost.flops or name in cost.params}
+    return cost
+
+
+def _forward(model: nn.Module, image: Tensor, cost: Cost) -> None:
+    if _has_known_second_stage(model):
+        maps = model.extract_feat(image)
+        if model.with_rpn:
+            model.rpn_head(maps)
+        cost.rois = _second_stage(model, image)
+    elif 'mode' not in inspect.signature(model.forward).parameters:
+        model(image)
+    elif 'mmdet' in sys.modules and isinstance(model, sys.modules['mmdet'].models.BaseDetector):
+        from mmdet.structures import DetDataSample
+        from mmengine.structures import InstanceData
+
+        size = tuple(image.shape[-2:])
+        sizes = dict.fromkeys(('img_shape', 'ori_shape', 'pad_shape', 'batch_input_shape'), size)
+        sample = DetDataSample(metainfo=dict(sizes, scale_factor=(1.0, 1.0)))
+        sample.gt_instances = InstanceData(bboxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.long))
+        model(image, [sample], mode='tensor')
+    else:
+        model(image, mode='tensor')
+
+
+def _has_known_second_stage(model: nn.Module) -> bool:
+    head = getattr(model, 'roi_head', None)
+    return type(head).__name__ in ('StandardRoIHead', 'CascadeRoIHead', 'DynamicRoIHead')
+
+
+def _second_stage(model: nn.Module, image: Tensor) -> tuple[int, int]:
+    """Box heads for as many proposals as a test allows at most, mask heads for as many detections."""
+    head, test = model.roi_head, model.test_cfg
+    rois = test['rpn']['max_per_img'] if test.get('rpn') else test['rcnn']['max_per_img']
+    masks = test['rcnn']['max_per_img'] if head.with_mask else 0
+
+    def each(part: nn.Module) -> list[nn.Module]:
+        return list(part) if isinstance(part, nn.ModuleList) else [part]
+
+    def features(extractor: nn.Module, number: int) -> Tensor:
+        out = image.new_empty(number, extractor.out_channels, *extractor.roi_layers[0].output_size)
+        return head.shared_head(out) if head.with_shared_head else out
+
+    for extractor, bbox_head in zip(each(head.bbox_roi_extractor), each(head.bbox_head), strict=True):
+        bbox_head(features(extractor, rois))
+    if head.with_mask:
+        extractors = each(head.bbox_roi_extractor if head.share_roi_extractor else head.mask_roi_extractor)
+        for extractor, mask_head in zip(extractors, each(head.mask_head), strict=False):
+            mask_head(features(extractor, masks))
+    return rois, masks
+
+
+# ---- the tool
+
+
+def parser() -> argparse.ArgumentParser:
+    """Arguments of tools/get_flops.py."""
+    from mmvim.cli import DEBUG
+
+    parser = argparse.ArgumentParser(
+        description='Parameters and floating-point operations of a detector, segmentor or classifier. Nothing is '
+        'computed and no weights are needed.',
+        epilog=f'Errors in the input are told in one line; set {DEBUG}=1 for the stack trace.',
+    )
+    add = parser.add_argument
+    add('config', help='config file, also one of mmvim such as vim/vim-ti_8xb128_in1k.py')
+    add(
+        '--shape',
+        type=int,
+        nargs='+',
+        metavar='SIDE',
+        help="height and width of the image, or one number for both; the config's own size if not given",
+    )
+    add('--sizes', type=int, nargs='+', metavar='SIDE', help='show also how the cost grows over these square images')
+    add('--json', metavar='FILE', help='write everything to this file too')
+    add(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        default={},
+        metavar='KEY=VALUE',
+        help='settings that replace those of the config, such as model.backbone.arch=small',
+    )
+    parser.set_defaults(device=None, work_dir=os.devnull, launcher='none')
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    """Carry out tools/get_flops.py."""
+    from mmvim.cli import load_config
+
+    shape, sizes = _shape(args.shape), [_shape([size], '--sizes') for size in args.sizes or ()]
+    cfg = load_config(args)
+    _complete(cfg)
+    build = builder(cfg)
+    source = '--shape'
+    if shape is None:
+        shape, source = default_shape(cfg)
+    cost, *costs = count(build, [padded(cfg, size) for size in (shape, *sizes)])
+    padding = '' if cost.shape == shape else f', padded to {_by(cost.shape)}'
+    print(f'{args.config}: one image of {_by(shape)} pixels ({source}){padding}\n')
+    print(describe(cost))
+    found = dict(config=args.config, counting=KINDS, **as_dict(cost))
+    if sizes:
+        print('\n' + growth(costs))
+        found['sizes'] = [as_dict(each) for each in costs]
+    if args.json:
+        path = Path(args.json)
+        try:
+            path.write_text(json.dumps(found, indent=1) + '\n')
+        except OSError as error:
+            raise ConfigError(f'--json {path}: {error.strerror}; name a file in a folder that exists') from error
+        print(f'\nall of it is in {path}')
+
+
+def _shape(sides: Sequence[int] | None, name: str = '--shape') -> tuple[int, int] | None:
+    if sides is None:
+        return None
+    if len(sides) > 2:
+        raise ConfigError(f'{name} {" ".join(map(str, sides))}: give height and width, or one number for both')
+    if min(sides) < 1:
+        raise ConfigError(f'{name}: {min(sides)} is not positive')
+    return sides[0], sides[-1]
+
+
+def _complete(cfg: Config) -> None:
+    """Fill in what follows from the data; without the data the number of classes stays as it is."""
+    from mmvim.engine.complete import complete_config
+
+    if 'model' not in cfg:
+        raise ConfigError(f"config '{cfg.filename}' has no model")
+    try:
+        complete_config(cfg)
+    except DataError as error:
+        number = next(_class_counts(cfg.model), 1)
+        print(f'{error}\nthe classes are taken to be {number}\n')
+        cfg.classes = [str(i) for i in range(number)]
+        complete_config(cfg)
+
+
+def _class_counts(model: object) -> Iterator[int]:
+    for key, value in model.items() if isinstance(model, dict) else enumerate(model) if isinstance(model, list) else ():
+        if key == 'num_classes':
+            yield value
+        elif key != 'rpn_head':
+            yield from _class_counts(value)
+
+
+def builder(cfg: Config) -> Callable[[], nn.Module]:
+    """What makes the config's model, without loading or drawing weights."""
+    from mmengine.model import revert_sync_batchnorm
+    from mmengine.registry import MODELS, init_default_scope
+
+    import mmvim.registry  # noqa: F401
+
+    init_default_scope(cfg.get('default_scope') or 'mmengine')
+    return lambda: revert_sync_batchnorm(MODELS.build(deepcopy(cfg.model)))
+
+
+def default_shape(cfg: Config) -> tuple[tuple[int, int], str]:
+    """Height and width of a config's images, and which of its settings says so.
+
+    Raises:
+        ConfigError: if none does.
+    """
+    from mmvim.engine.complete import dataset_of
+
+    train, test = (dataset_of(cfg.get(f'{split}_dataloader')).get('pipeline') or [] for split in ('train', 'test'))
+    preprocessor = cfg.model.get('data_preprocessor') or {}
+    settings = [(step.get('crop_size'), 'CenterCrop of the test pipeline') for step in test if _is(step, 'CenterCrop')]
+    settings += [
+        (step.get('size'), 'padding of data_preprocessor') for step in preprocessor.get('batch_augments') or ()
+    ]
+    settings += [(preprocessor.get('size'), 'data_preprocessor.size')]
+    settings += [((cfg.model.get('backbone') or {}).get('img_size'), 'backbone.img_size')]
+    settings += [(_turned(step.get('scale')), 'Resize of the test pipeline') for step in test if _is(step, 'Resize')]
+    settings += [
+        (step.get('crop_size'), 'RandomCrop of the train pipeline') for step in train if _is(step, 'RandomCrop')
+    ]
+    for value, source in settings:
+        if isinstance(value, int):
+            return (value, value), source
+        if isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(side, int) for side in value):
+            return tuple(value), source
+    raise ConfigError(f"config '{cfg.filename}' does not say how large its images are: give --shape HEIGHT WIDTH")
+
+
+def padded(cfg: Config, shape: tuple[int, int]) -> tuple[int, int]:
+    """Shape that the config's preprocessor hands to the model."""
+    divisor = (cfg.model.get('data_preprocessor') or {}).get('pad_size_divisor') or 1
+    return tuple(-(-side // divisor) * divisor for side in shape)
+
+
+def _is(step: dict, kind: str) -> bool:
+    return str(step['type']).split('.')[-1] == kind
+
+
+def _turned(scale: object) -> object:
+    """Width and height as height and width."""
+    return tuple(scale)[::-1] if isinstance(scale, list | tuple) else scale
+
+
+def describe(cost: Cost) -> str:
+    """Two tables, by part and by kind, and what was counted."""
+    used = [name for name in cost.flops if name not in TRAINING_ONLY]
+    rows = [(name, _millions(cost.params.get(name, 0)), _giga(cost.flops[name].total())) for name in used]
+    rows.append(('total', _millions(sum(cost.params.get(name, 0) for name in used)), _giga(cost.total)))
+    lines = [table(('part', 'parameters, M', 'FLOPs, G'), rows), '']
+    kinds = cost.kinds
+    rows = [(kind, _giga(kinds[kind]), f'{kinds[kind] / cost.total:.1%}') for kind in KINDS if kinds[kind]]
+    rows.append(('linear and convolution', _giga(cost.published), f'{cost.published / cost.total:.1%}'))
+    lines += [table(('operators', 'FLOPs, G', 'share'), rows), '']
+    lines += ['One multiplication with its addition is one FLOP, as in published figures. Counted are:']
+    lines += [f'  {kind}: {text}' for kind, text in KINDS.items() if kinds[kind]]
+    lines += [
+        'Activations, additions, other products of single values and the choice of boxes are not. Papers differ in'
+    ]
+    lines += [
+        'what they count: where scan, attention and norm are left out, "linear and convolution" is the one to compare.'
+    ]
+    if cost.rois:
+        proposals, masks = cost.rois
+        text = f'The second stage is counted for the most that a test lets through: {proposals} proposals'
+        lines.append(text + (f' and {masks} masks.' if masks else '.'))
+    left = {name: cost.params[name] for name in TRAINING_ONLY if name in cost.params}
+    lines += [f'{name} ({_millions(number)} M parameters) is for training only.' for name, number in left.items()]
+    if not cost.fake:
+        lines.append('This model was run on random values, because its way through the operators depends on values.')
+    return '\n'.join(lines)
+
+
+def growth(costs: Sequence[Cost]) -> str:
+    """How the cost grows with the image, in all and by token."""
+    header = ('size', 'tokens', 'parameters, M', 'FLOPs, G', 'backbone, G', 'scan, G')
+    header += ('scan per token, M', 'attention per token, M')
+    rows = []
+    for cost in costs:
+        kinds, tokens = cost.kinds, cost.tokens
+        per_token = [f'{kinds[kind] / tokens / 1e6:.3f}' if tokens else '-' for kind in ('scan', 'attention')]
+        params = sum(number for name, number in cost.params.items() if name not in TRAINING_ONLY)
+        backbone = _giga(cost.flops['backbone'].total()) if 'backbone' in cost.flops else '-'
+        rows.append(
+            (_by(cost.shape), tokens, _millions(params), _giga(cost.total), backbone, _giga(kinds['scan']), *per_token)
+        )
+    note = 'Tokens are those of the largest scan or attention, with class token, windows and their padding.'
+    return table(header, rows) + '\n' + note
+
+
+def as_dict(cost: Cost) -> dict:
+    """What is known about a cost, for JSON; FLOPs and parameters in ones."""
+    kinds = cost.kinds
+    found = dict(
+        shape=list(cost.shape),
+        params=cost.params,
+        flops={name: dict(part) for name, part in cost.flops.items()},
+        flops_by_kind=dict(kinds),
+        flops_total=cost.total,
+        flops_linear_and_convolution=cost.published,
+        tokens=cost.tokens,
+    )
+    if cost.tokens:
+        found |= {f'{kind}_flops_per_token': kinds[kind] / cost.tokens for kind in ('scan', 'attention')}
+    if cost.rois:
+        found |= dict(proposals=cost.rois[0], masks=cost.rois[1])
+    return found
+
+
+def _by(shape: tuple[int, int]) -> str:
+    return f'{shape[0]}x{shape[1]}'
+
+
+def _giga(number: int) -> str:
+    return f'{number / 1e9:.3f}'
+
+
+def _millions(number: int) -> str:
+    return f'{number / 1e6:.2f}'

@@ -1,0 +1,15 @@
+"""Parameters and floating-point operations of a model, by part and by kind of operator.
+
+python tools/get_flops.py configs/vim/cascade_mask_rcnn_vim_ti_coco.py --sizes 224 512 1024
+"""
+
+
+def main() -> None:
+    from mmvim import cli
+    from mmvim.analysis import flops
+
+    cli.run(flops.main, flops.parser().parse_args())
+
+
+if __name__ == '__main__':
+    main()
