@@ -71,6 +71,11 @@ MAPS = {
 }
 
 
+def test_no_array_is_left_out(reference_arrays):
+    assert set(LOGITS) == set(reference_arrays('vim'))
+    assert {*MAPS, 'vim_seg_small_fpn'} == {name.partition('.')[0] for name in reference_arrays('vim_dense')}
+
+
 class Classifier(nn.Module):
     """A backbone with the published classifier beside it, so that all names are the published ones."""
 
