@@ -72,12 +72,25 @@ def train_parser() -> argparse.ArgumentParser:
 def test_parser() -> argparse.ArgumentParser:
     """Arguments of tools/test.py."""
     parser = _parser('Test a trained detector, segmentor or classifier.')
-    parser.add_argument('checkpoint', help='checkpoint file, or a work directory: its last checkpoint')
+    parser.add_argument(
+        'checkpoint',
+        nargs='?',
+        help='checkpoint file, or a work directory: its last checkpoint; with --profile random weights if not given',
+    )
     parser.add_argument('--out', help='where predictions go: a .pkl file; for segmentation a folder of label maps')
     parser.add_argument('--show-dir', help='folder of pictures; a relative one is below the work directory')
     parser.add_argument('--show', action='store_true', help='show pictures in a window')
     parser.add_argument('--wait-time', type=float, default=2, help='seconds that a picture is shown')
     parser.add_argument('--tta', action='store_true', help='test-time augmentation')
+    parser.add_argument(
+        '--profile',
+        type=int,
+        nargs='?',
+        const=1,
+        metavar='WARMUP',
+        help='split the time per image into data, parts of the model, post-processing and metric, without the first '
+        'batch or as many as given',
+    )
     return parser
 
 
@@ -250,7 +263,11 @@ def _protect(work_dir: str) -> None:
 def test(args: argparse.Namespace) -> None:
     """Carry out tools/test.py."""
     cfg = load_config(args)
-    cfg.load_from, cfg.resume = find_checkpoint(args.checkpoint), False
+    cfg.load_from, cfg.resume = args.checkpoint and find_checkpoint(args.checkpoint), False
+    if args.profile is not None:
+        cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), dict(type='mmvim.TimeSplitHook', warmup=args.profile)]
+    elif not args.checkpoint:
+        raise ConfigError('no checkpoint given: name a .pth file or a work directory; only --profile goes without')
     scope = cfg.get('default_scope')
     if args.out and scope == 'mmseg':
         cfg.test_evaluator.update(output_dir=args.out, keep_results=True)

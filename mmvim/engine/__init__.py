@@ -4,6 +4,7 @@ from mmvim.engine.amp import AmpOptimWrapper
 from mmvim.engine.hooks import CheckpointFitHook, ClassCountHook, LabelMapHook
 from mmvim.engine.layer_decay import LayerDecayOptimWrapperConstructor
 from mmvim.engine.runner import Runner
+from mmvim.engine.time_split import TimeSplitHook
 
 __all__ = [
     'AmpOptimWrapper',
@@ -12,4 +13,5 @@ __all__ = [
     'LabelMapHook',
     'LayerDecayOptimWrapperConstructor',
     'Runner',
+    'TimeSplitHook',
 ]
