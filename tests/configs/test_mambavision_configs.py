@@ -1,62 +1,26 @@
-"""Every MambaVision config builds, trains and predicts at a reduced size, and states the published recipe."""
+"""The MambaVision configs state the published recipe, and evaluate published files."""
 
-import copy
-import pickle
 import resource
-from importlib import import_module
-from pathlib import Path
 
-import cv2
-import numpy as np
 import pytest
 import torch
 import yaml
+from config_runs import CONFIGS, SMALL, check_published_classifier, rates, train_and_predict
 from mmengine.optim import build_optim_wrapper
-from mmengine.registry import MODELS, PARAM_SCHEDULERS, init_default_scope
-from mmengine.structures import InstanceData, PixelData
+from mmengine.registry import MODELS, PARAM_SCHEDULERS
 from torch import nn
 
-from mmvim import cli
 from mmvim.models import MambaVision
 
-CONFIGS = Path(__file__).parents[2] / 'configs'
 FILES = sorted(path.name for path in (CONFIGS / 'mambavision').glob('*.py'))
 NAMES = [name for name in FILES if name != 'upernet_r18_camvid-240x180.py']  # a control
-DEMOS = ['demo/mask_rcnn_mambavision_shapes.py', 'demo/upernet_mambavision_shapes.py']
 CASCADE = 'cascade-mask-rcnn_mambavision-{}_fpn_4conv1fc-giou_amp-ms-crop-3x_coco.py'
 UPERNET = 'upernet_mambavision-{}_8xb2-160k_ade20k-512x512.py'
-WIDTH = 16
-SMALL = dict(embed_dims=WIDTH, stem_channels=8, depths=(1, 1, 3, 2), num_heads=(1, 2, 4, 8))
 
 
 @pytest.fixture
-def load(load_config, tmp_path):
-    (tmp_path / 'a.json').write_text('{"images": [], "annotations": [], "categories": [{"id": 1, "name": "a"}]}')
-
-    def read(name):
-        keys = dict(data_root=str(tmp_path), train_ann='a.json', val_ann='a.json') if 'folder' in name else {}
-        cfg = load_config(name if '/' in name else f'mambavision/{name}', **keys)
-        init_default_scope(cfg.default_scope)
-        import_module(f'{cfg.default_scope}.models')  # not first under torch.device('meta')
-        return cfg
-
-    return read
-
-
-def part_of(cfg):
-    """'detection', 'segmentation' or 'classification'."""
-    return dict(mmdet='detection', mmseg='segmentation', mmpretrain='classification')[cfg.default_scope]
-
-
-def wanted_channels(cfg):
-    """Channels of the backbone's outputs that the parts behind it are built for."""
-    model = cfg.model
-    if part_of(cfg) == 'detection':
-        return tuple(model.neck.in_channels)
-    if part_of(cfg) == 'segmentation':
-        assert model.auxiliary_head.in_channels == model.decode_head.in_channels[model.auxiliary_head.in_index]
-        return tuple(model.decode_head.in_channels)
-    return (model.head.in_channels,)
+def load(load):
+    return lambda name: load(f'mambavision/{name}')
 
 
 def test_all_that_was_promised_is_there():
@@ -76,125 +40,6 @@ def test_the_metafile_lists_every_config():
     assert all(model['Config'] == f'configs/mambavision/{model["Name"]}.py' for model in listed)
 
 
-@pytest.mark.parametrize('name', [*NAMES, *DEMOS])
-def test_full_size_models_build_and_all_parts_fit(load, name):
-    cfg = load(name)
-    with torch.device('meta'):
-        model = MODELS.build(cfg.model)
-    assert isinstance(model.backbone, MambaVision)
-    assert model.backbone.out_channels == wanted_channels(cfg)
-    if part_of(cfg) == 'detection':
-        strides = [stride for stride, _ in model.rpn_head.prior_generator.strides]
-        assert tuple(strides[:4]) == model.backbone.out_strides
-    groups = build_optim_wrapper(model, cfg.optim_wrapper).optimizer.param_groups
-    assert sum(len(group['params']) for group in groups) == sum(p.requires_grad for p in model.parameters())
-
-
-def reduced(cfg, size):
-    """The config with a small backbone, windows to match, and small heads."""
-    model = copy.deepcopy(cfg.model)
-    channels = [WIDTH * 2**i for i in range(4)]
-    arch = model.backbone.arch
-    layer_scale = MambaVision.arch_zoo[arch].get('layer_scale') if isinstance(arch, str) else None
-    model.backbone.update(arch=dict(SMALL, layer_scale=layer_scale), window_sizes=(8, 8, 5, 3))
-    if part_of(cfg) == 'detection':
-        model.neck.update(in_channels=channels, out_channels=WIDTH)
-        model.rpn_head.update(in_channels=WIDTH, feat_channels=WIDTH)
-        heads = model.roi_head.bbox_head if isinstance(model.roi_head.bbox_head, list) else [model.roi_head.bbox_head]
-        for head in heads:
-            head.update(in_channels=WIDTH, fc_out_channels=32)
-            if 'conv_out_channels' in head:
-                head.update(conv_out_channels=WIDTH)
-        model.roi_head.mask_head.update(in_channels=WIDTH, conv_out_channels=WIDTH)
-        for extractor in (model.roi_head.bbox_roi_extractor, model.roi_head.mask_roi_extractor):
-            extractor.out_channels = WIDTH
-    elif part_of(cfg) == 'segmentation':
-        model.decode_head.update(in_channels=channels, channels=WIDTH)
-        model.auxiliary_head.update(in_channels=channels[2], channels=WIDTH)
-        model.data_preprocessor.size = size
-    else:
-        model.head.in_channels = channels[3]
-        model.data_preprocessor = cfg.data_preprocessor  # as a runner does
-    return model
-
-
-def samples(kind, size, count=2):
-    """Images and their truth, as the host's pipeline packs them."""
-    torch.manual_seed(0)
-    inputs = [torch.randint(0, 256, (3, *size), dtype=torch.uint8) for _ in range(count)]
-    meta = dict(img_shape=size, ori_shape=size, pad_shape=size, scale_factor=(1.0, 1.0))
-    data = []
-    for _ in range(count):
-        if kind == 'detection':
-            from mmdet.structures import DetDataSample
-            from mmdet.structures.mask import BitmapMasks
-
-            sample = DetDataSample(metainfo=meta)
-            h, w = size
-            mask = np.zeros((1, h, w), np.uint8)
-            mask[0, h // 4 : h // 2, w // 4 : 3 * w // 4] = 1
-            sample.gt_instances = InstanceData(
-                bboxes=torch.tensor([[w / 4, h / 4, 3 * w / 4, h / 2]]),
-                labels=torch.tensor([0]),
-                masks=BitmapMasks(mask, h, w),
-            )
-        elif kind == 'segmentation':
-            from mmseg.structures import SegDataSample
-
-            sample = SegDataSample(metainfo=meta)
-            sample.gt_sem_seg = PixelData(data=torch.randint(0, 3, (1, *size)))
-        else:
-            from mmpretrain.structures import DataSample
-
-            sample = DataSample(metainfo=meta).set_gt_label(1)
-        data.append(sample)
-    return dict(inputs=inputs, data_samples=data)
-
-
-def train_and_predict(cfg, model, size, count=2):
-    """One step by the config's optimiser; returns losses, names of parameters that stayed, and predictions."""
-    kind = part_of(cfg)
-    if cfg.optim_wrapper.get('dtype') == 'float16':
-        cfg.optim_wrapper.loss_scale = 1.0  # the first steps of dynamic scaling are skipped
-    wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
-    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    log = model.train().train_step(samples(kind, size, count), wrapper)
-    stayed = [name for name, parameter in model.named_parameters() if torch.equal(parameter, before[name])]
-    with torch.no_grad():
-        predictions = model.eval().test_step(samples(kind, size, count))
-    return log, stayed, predictions
-
-
-def check(cfg, log, stayed, predictions, size):
-    assert log and all(torch.isfinite(value).all() for value in log.values())
-    # no shift before a softmax over keys has an effect; which boxes are drawn decides what else gets no gradient
-    stayed = [name for name in stayed if name.startswith('backbone') and not name.endswith('qkv.bias')]
-    assert not stayed
-    kind = part_of(cfg)
-    for predicted in predictions:
-        if kind == 'detection':
-            assert predicted.pred_instances.masks.shape == (len(predicted.pred_instances.bboxes), *size)
-        elif kind == 'segmentation':
-            assert predicted.pred_sem_seg.data.shape == (1, *size)
-        else:
-            assert predicted.pred_score.sum() == pytest.approx(1)
-
-
-@pytest.mark.parametrize('name', [*NAMES, *DEMOS])
-def test_one_training_step_and_one_prediction_at_a_reduced_size(load, name):
-    torch.manual_seed(0)
-    cfg = load(name)
-    size = (96, 64) if part_of(cfg) != 'classification' else (64, 64)
-    model = MODELS.build(reduced(cfg, size))
-    for module in model.modules():
-        if type(module).__name__ == 'DropPath':
-            module.drop_prob = 0.0  # else whole blocks may get no gradient from the two images
-        if getattr(module, 'layer_scale', None):
-            nn.init.ones_(module.gamma_1)
-            nn.init.ones_(module.gamma_2)
-    check(cfg, *train_and_predict(cfg, model, size), size)
-
-
 @pytest.mark.slow  # python -m pytest -m slow
 @pytest.mark.parametrize(
     ('name', 'size', 'count'),
@@ -208,14 +53,11 @@ def test_one_training_step_and_one_prediction_at_a_reduced_size(load, name):
 def test_one_training_step_and_one_prediction_at_full_size(load, name, size, count):
     torch.manual_seed(0)
     cfg = load(name)
-    cfg.model.backbone.drop_path_rate = 0.0
     cfg.optim_wrapper.update(type='OptimWrapper')  # float16 is emulated on most CPUs
     cfg.optim_wrapper.pop('dtype', None)
-    if 'data_preprocessor' not in cfg.model:
-        cfg.model.data_preprocessor = cfg.data_preprocessor  # as a runner does
     model = MODELS.build(cfg.model)
     model.init_weights()
-    check(cfg, *train_and_predict(cfg, model, size, count), size)
+    assert not [key for key in train_and_predict(cfg, model, [size] * count) if key.startswith('backbone')]
     print(f'{name}: peak resident memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB')
 
 
@@ -223,14 +65,6 @@ def test_one_training_step_and_one_prediction_at_full_size(load, name, size, cou
 COCO = dict(t=(0.2, 1e-4), s=(0.3, 1e-4), b=(0.5, 2e-4))
 ADE20K = dict(t=(0.3, 5e-5, (64, 32)), s=(0.7, 6e-5, (160, 56)), b=(0.4, 5e-5, (64, 32)))
 ARCHS = dict(t='tiny', t2='tiny2', s='small', b='base', l='large', l2='large2', l3='large3')
-
-
-def rates(cfg):
-    with torch.device('meta'):
-        model = MODELS.build(cfg.model)
-    groups = build_optim_wrapper(model, cfg.optim_wrapper).optimizer.param_groups
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    return {names[id(p)]: (g['lr'], g['weight_decay']) for g in groups for p in g['params']}
 
 
 @pytest.mark.parametrize('size', COCO)
@@ -337,57 +171,17 @@ def test_ablations_differ_from_the_published_model_in_one_thing(load):
         assert cfg == published
 
 
-PUBLISHED_CLASSIFIER = """
-_base_ = '{configs}/mambavision/mambavision-t_32xb128_in1k.py'
-
-model = dict(
-    backbone=dict(arch=dict(_delete_=True, {arch}), window_sizes=(8, 8, 4, 2)),
-    head=dict(num_classes=4, in_channels=128),
-    train_cfg=None,
-)
-test_pipeline = [dict(type='LoadImageFromFile'), dict(type='PackInputs')]
-test_dataloader = dict(
-    batch_size=4,
-    num_workers=0,
-    dataset=dict(
-        _delete_=True, type='CustomDataset', data_root='images', pipeline=test_pipeline, classes=['a', 'b', 'c', 'd']
-    ),
-)
-test_evaluator = dict(topk=1)
-train_dataloader = val_dataloader = train_cfg = val_cfg = val_evaluator = optim_wrapper = param_scheduler = None
-"""
-
-
 @pytest.mark.parametrize('prefix', ['module.', 'model.'])
 def test_a_published_classifier_evaluates_as_downloaded(tmp_path, monkeypatch, prefix):
-    """tools/test.py with the file itself: scores are those of backbone and head computed by hand."""
-    torch.manual_seed(0)
-    backbone, head = MambaVision(SMALL, out_type='avg_featmap', window_sizes=(8, 8, 4, 2)).eval(), nn.Linear(128, 4)
-    for parameter in backbone.parameters():
-        nn.init.normal_(parameter, std=0.2)
-    weights = {**backbone.state_dict(), **{f'head.{name}': value for name, value in head.state_dict().items()}}
-    torch.save({'state_dict': {prefix + name: value for name, value in weights.items()}}, tmp_path / 'm.pth.tar')
-
-    images = np.random.default_rng(0).integers(0, 256, (6, 64, 48, 3), dtype=np.uint8)
-    for i, image in enumerate(images):
-        (tmp_path / 'images' / 'abcd'[i % 4]).mkdir(parents=True, exist_ok=True)
-        cv2.imwrite(str(tmp_path / 'images' / 'abcd'[i % 4] / f'{i}.png'), image[..., ::-1])
-    arch = ', '.join(f'{key}={value!r}' for key, value in SMALL.items())
-    (tmp_path / 'c.py').write_text(PUBLISHED_CLASSIFIER.format(configs=CONFIGS, arch=arch))
     monkeypatch.chdir(tmp_path)
-    arguments = ['c.py', 'm.pth.tar', '--work-dir', 'work', '--out', 'out.pkl']
-    cli.run(cli.test, cli.test_parser().parse_args(arguments))
-
-    mean, std = np.float32([123.675, 116.28, 103.53]), np.float32([58.395, 57.12, 57.375])
-    with torch.no_grad():
-        x = torch.from_numpy((images.astype(np.float32) - mean) / std).permute(0, 3, 1, 2)
-        expected = head(backbone(x)[0]).softmax(1)
-    assert expected.std() > 0.01
-    predictions = {int(Path(p['img_path']).stem): p for p in pickle.loads((tmp_path / 'out.pkl').read_bytes())}
-    assert sorted(predictions) == list(range(6))
-    for i, prediction in predictions.items():
-        torch.testing.assert_close(prediction['pred_score'], expected[i], rtol=1e-4, atol=1e-5)
-        assert prediction['gt_label'].item() == i % 4
+    settings = dict(window_sizes=(8, 8, 4, 2))
+    check_published_classifier(
+        tmp_path,
+        'mambavision/mambavision-t_32xb128_in1k.py',
+        MambaVision(SMALL[MambaVision], out_type='avg_featmap', **settings),
+        dict(arch=dict(_delete_=True, **SMALL[MambaVision]), **settings),
+        lambda weights, path: torch.save({'state_dict': {prefix + key: value for key, value in weights.items()}}, path),
+    )
 
 
 def test_the_control_differs_from_mambavision_in_the_backbone_alone(load):

@@ -1,56 +1,18 @@
-"""Every config of Vim and of its DeiT baseline builds, trains and predicts at a reduced size, and states its recipe."""
+"""The configs of Vim and of its DeiT baseline state their recipes, and evaluate published files."""
 
-import copy
-import pickle
-from importlib import import_module
-from pathlib import Path
-
-import cv2
-import numpy as np
 import pytest
 import torch
 import yaml
-from mmengine.optim import build_optim_wrapper
-from mmengine.registry import MODELS, init_default_scope
-from mmengine.structures import InstanceData, PixelData
-from torch import nn
+from config_runs import CONFIGS, check_published_classifier, rates, train_and_predict
+from config_runs import NAMES as ALL
+from mmengine.registry import MODELS
 
-from mmvim import cli
 from mmvim.models import VisionMamba, VisionTransformer
 
-CONFIGS = Path(__file__).parents[2] / 'configs'
-NAMES = sorted(str(path.relative_to(CONFIGS)) for family in ('vim', 'deit') for path in (CONFIGS / family).glob('*.py'))
+NAMES = [name for name in ALL if name.startswith(('vim/', 'deit/'))]
 ADE20K = '{0}/upernet_{0}-{1}_{2}_ade20k-512x512.py'
 WIDTH = dict(ti=192, s=384, b=768)
 ARCH = dict(vim=dict(ti='tiny', s='small', b='base'), deit=dict(ti='deit-tiny', s='deit-small', b='deit-base'))
-SMALL = dict(vim=dict(embed_dims=32, depth=4, d_state=4), deit=dict(embed_dims=32, depth=4, num_heads=2))
-
-LOADED = {}  # reading a config takes longer than most tests of it
-
-
-@pytest.fixture
-def load(load_config, tmp_path):
-    (tmp_path / 'a.json').write_text('{"images": [], "annotations": [], "categories": [{"id": 1, "name": "a"}]}')
-
-    def read(name):
-        if 'folder' in name:
-            cfg = load_config(name, data_root=str(tmp_path), train_ann='a.json', val_ann='a.json')
-        else:
-            cfg = copy.deepcopy(LOADED.get(name) or LOADED.setdefault(name, load_config(name)))
-        init_default_scope(cfg.default_scope)
-        import_module(f'{cfg.default_scope}.models')  # not first under torch.device('meta')
-        return cfg
-
-    return read
-
-
-def rates(cfg):
-    """Learning rate and weight decay of every parameter, by name."""
-    with torch.device('meta'):
-        model = MODELS.build(cfg.model)
-    groups = build_optim_wrapper(model, cfg.optim_wrapper).optimizer.param_groups
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    return {names[id(p)]: (g['lr'], g['weight_decay']) for g in groups for p in g['params']}
 
 
 def test_all_that_was_promised_is_there():
@@ -76,96 +38,6 @@ def test_the_metafile_lists_every_config(family):
     assert f'configs/{family}/metafile.yml' in index
 
 
-@pytest.mark.parametrize('name', NAMES)
-def test_full_size_models_build_and_all_parts_fit(load, name):
-    cfg = load(name)
-    with torch.device('meta'):
-        model = MODELS.build(cfg.model)
-    assert isinstance(model.backbone, VisionMamba if name.startswith('vim/') else VisionTransformer)
-    channels = model.backbone.out_channels
-    if cfg.default_scope == 'mmdet':
-        assert channels == (cfg.model.neck.in_channels,)
-        assert model.backbone.out_strides == (16,)
-        assert [stride for stride, _ in model.rpn_head.prior_generator.strides] == [4, 8, 16, 32, 64]
-    elif cfg.default_scope == 'mmseg':
-        assert list(channels) == [cfg.model.neck.embed_dim] * 4 == cfg.model.decode_head.in_channels
-        assert cfg.model.auxiliary_head.in_channels == channels[0]
-    else:
-        assert channels == (cfg.model.head.in_channels,)
-    groups = build_optim_wrapper(model, cfg.optim_wrapper).optimizer.param_groups
-    assert sum(len(group['params']) for group in groups) == sum(p.requires_grad for p in model.parameters())
-
-
-def reduced(cfg, family, size):
-    """The config with a small backbone and small heads."""
-    model = copy.deepcopy(cfg.model)
-    width = 32
-    model.backbone.update(arch=SMALL[family], drop_path_rate=0.0)
-    if len(model.backbone.get('out_indices', ())) == 4:
-        model.backbone.out_indices = (0, 1, 2, 3)
-    if model.backbone.get('window_size'):
-        model.backbone.update(window_size=3, global_attn_indexes=(1, 3))
-    if cfg.default_scope == 'mmdet':
-        model.data_preprocessor.batch_augments = None
-        model.neck.update(in_channels=width, out_channels=width)
-        model.rpn_head.update(in_channels=width, feat_channels=width)
-        model.roi_head.bbox_head.update(in_channels=width, conv_out_channels=width, fc_out_channels=32)
-        model.roi_head.mask_head.update(in_channels=width, conv_out_channels=width)
-        for extractor in (model.roi_head.bbox_roi_extractor, model.roi_head.mask_roi_extractor):
-            extractor.out_channels = width
-    elif cfg.default_scope == 'mmseg':
-        model.neck.embed_dim = width
-        model.decode_head.update(in_channels=[width] * 4, channels=width)
-        model.auxiliary_head.update(in_channels=width, channels=width)
-        model.data_preprocessor.size = size
-    else:
-        model.head.in_channels = width
-        model.data_preprocessor = cfg.data_preprocessor  # as a runner does
-    return model
-
-
-def samples(scope, sizes):
-    """Images and their truth, as the host's pipeline packs them."""
-    torch.manual_seed(0)
-    inputs = [torch.randint(0, 256, (3, *size), dtype=torch.uint8) for size in sizes]
-    data = []
-    for h, w in sizes:
-        meta = dict(img_shape=(h, w), ori_shape=(h, w), pad_shape=(h, w), scale_factor=(1.0, 1.0))
-        if scope == 'mmdet':
-            from mmdet.structures import DetDataSample
-            from mmdet.structures.mask import BitmapMasks
-
-            sample = DetDataSample(metainfo=meta)
-            mask = np.zeros((1, h, w), np.uint8)
-            mask[0, h // 4 : h // 2, w // 4 : 3 * w // 4] = 1
-            sample.gt_instances = InstanceData(
-                bboxes=torch.tensor([[w / 4, h / 4, 3 * w / 4, h / 2]]),
-                labels=torch.tensor([0]),
-                masks=BitmapMasks(mask, h, w),
-            )
-        elif scope == 'mmseg':
-            from mmseg.structures import SegDataSample
-
-            sample = SegDataSample(metainfo=meta)
-            sample.gt_sem_seg = PixelData(data=torch.randint(0, 3, (1, h, w)))
-        else:
-            from mmpretrain.structures import DataSample
-
-            sample = DataSample(metainfo=meta).set_gt_label(1)
-        data.append(sample)
-    return dict(inputs=inputs, data_samples=data)
-
-
-@pytest.mark.parametrize('name', NAMES)
-def test_one_training_step_and_one_prediction_at_a_reduced_size(load, name):
-    """On images of two sizes, none a multiple of the patch; slide tests have a crop larger than the image."""
-    torch.manual_seed(0)
-    cfg = load(name)
-    sizes = [(64, 64)] * 2 if cfg.default_scope == 'mmpretrain' else [(90, 70), (60, 70)]
-    model = MODELS.build(reduced(cfg, name.partition('/')[0], sizes[0]))
-    check_training_and_prediction(cfg, model, sizes)
-
-
 @pytest.mark.slow  # run by `pytest -m slow`
 @pytest.mark.parametrize(
     ('name', 'size'),
@@ -180,30 +52,10 @@ def test_one_training_step_and_one_prediction_at_a_reduced_size(load, name):
 def test_one_training_step_and_one_prediction_at_full_size(load, name, size):
     torch.manual_seed(0)
     cfg = load(name)
-    cfg.model.backbone.drop_path_rate = 0.0  # else whole blocks may get no gradient
-    if cfg.default_scope == 'mmpretrain':
-        cfg.model.data_preprocessor = cfg.data_preprocessor  # as a runner does
-    check_training_and_prediction(cfg, MODELS.build(cfg.model), [size] * (1 if cfg.default_scope == 'mmdet' else 2))
-
-
-def check_training_and_prediction(cfg, model, sizes):
-    """One step by the config's optimiser moves the whole backbone; the prediction has the size of the image."""
-    scope = cfg.default_scope
+    model = MODELS.build(cfg.model)
     model.backbone.init_weights()  # a class token of zeros would stay zero
-    wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
-    before = {key: parameter.detach().clone() for key, parameter in model.named_parameters()}
-    log = model.train().train_step(samples(scope, sizes), wrapper)
-    assert log and all(torch.isfinite(value).all() for value in log.values())
-    stayed = [key for key, parameter in model.named_parameters() if torch.equal(parameter, before[key])]
-    assert not [key for key in stayed if key.startswith('backbone') and not key.endswith('qkv.bias')]
-    with torch.no_grad():
-        predictions = model.eval().test_step(samples(scope, sizes[:1]))
-    if scope == 'mmdet':
-        assert predictions[0].pred_instances.masks.shape == (len(predictions[0].pred_instances.bboxes), *sizes[0])
-    elif scope == 'mmseg':
-        assert predictions[0].pred_sem_seg.data.shape == (1, *sizes[0])
-    else:
-        assert predictions[0].pred_score.sum() == pytest.approx(1)
+    stayed = train_and_predict(cfg, model, [size] * (1 if cfg.default_scope == 'mmdet' else 2))
+    assert not [key for key in stayed if key.startswith('backbone')]
 
 
 # ---- recipes
@@ -334,56 +186,22 @@ def test_long_sequence_fine_tuning(load, size):
 
 # ---- published files
 
-PUBLISHED_CLASSIFIER = """
-_base_ = '{config}'
+SMALL = {
+    VisionMamba: dict(embed_dims=32, depth=4, d_state=4),
+    VisionTransformer: dict(embed_dims=32, depth=4, num_heads=2),
+}
 
-model = dict(
-    backbone=dict(arch=dict(_delete_=True, {arch}), img_size=(64, 48)),
-    head=dict(num_classes=4, in_channels=32),
-    train_cfg=None,
+
+@pytest.mark.parametrize(
+    ('name', 'kind'),
+    [('vim/vim-ti_8xb128_in1k.py', VisionMamba), ('deit/deit-ti_8xb128_in1k.py', VisionTransformer)],
 )
-test_pipeline = [dict(type='LoadImageFromFile'), dict(type='PackInputs')]
-test_dataloader = dict(
-    batch_size=4,
-    num_workers=0,
-    dataset=dict(
-        _delete_=True, type='CustomDataset', data_root='images', pipeline=test_pipeline, classes=['a', 'b', 'c', 'd']
-    ),
-)
-test_evaluator = dict(topk=1)
-train_dataloader = val_dataloader = train_cfg = val_cfg = val_evaluator = optim_wrapper = param_scheduler = None
-"""
-
-
-@pytest.mark.parametrize('name', ['vim/vim-ti_8xb128_in1k.py', 'deit/deit-ti_8xb128_in1k.py'])
-def test_a_published_classifier_evaluates_as_downloaded(tmp_path, monkeypatch, name):
-    """tools/test.py with the file itself: scores are those of backbone and head computed by hand."""
-    family = name.partition('/')[0]
-    torch.manual_seed(0)
-    backbone = (VisionMamba if family == 'vim' else VisionTransformer)(SMALL[family], img_size=64).eval()
-    head = nn.Linear(32, 4)
-    for parameter in backbone.parameters():
-        nn.init.normal_(parameter, std=0.2)
-    weights = {**backbone.state_dict(), **{f'head.{key}': value for key, value in head.state_dict().items()}}
-    torch.save({'model': weights, 'epoch': 299}, tmp_path / 'published.pth')
-
-    images = np.random.default_rng(0).integers(0, 256, (6, 64, 48, 3), dtype=np.uint8)
-    for i, image in enumerate(images):
-        (tmp_path / 'images' / 'abcd'[i % 4]).mkdir(parents=True, exist_ok=True)
-        cv2.imwrite(str(tmp_path / 'images' / 'abcd'[i % 4] / f'{i}.png'), image[..., ::-1])
-    arch = ', '.join(f'{key}={value!r}' for key, value in SMALL[family].items())
-    (tmp_path / 'c.py').write_text(PUBLISHED_CLASSIFIER.format(config=CONFIGS / name, arch=arch))
+def test_a_published_classifier_evaluates_as_downloaded(tmp_path, monkeypatch, name, kind):
     monkeypatch.chdir(tmp_path)
-    arguments = ['c.py', 'published.pth', '--work-dir', 'work', '--out', 'out.pkl']
-    cli.run(cli.test, cli.test_parser().parse_args(arguments))
-
-    mean, std = np.float32([123.675, 116.28, 103.53]), np.float32([58.395, 57.12, 57.375])
-    with torch.no_grad():
-        x = torch.from_numpy((images.astype(np.float32) - mean) / std).permute(0, 3, 1, 2)
-        expected = head(backbone(x)[0]).softmax(1)
-    assert expected.std() > 0.01
-    predictions = {int(Path(p['img_path']).stem): p for p in pickle.loads((tmp_path / 'out.pkl').read_bytes())}
-    assert sorted(predictions) == list(range(6))
-    for i, prediction in predictions.items():
-        torch.testing.assert_close(prediction['pred_score'], expected[i], rtol=1e-4, atol=1e-5)
-        assert prediction['gt_label'].item() == i % 4
+    check_published_classifier(
+        tmp_path,
+        name,
+        kind(SMALL[kind], img_size=64),
+        dict(arch=dict(_delete_=True, **SMALL[kind]), img_size=(64, 48)),
+        lambda weights, path: torch.save({'model': weights, 'epoch': 299}, path),
+    )
