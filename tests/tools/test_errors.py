@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from mmengine.dataset import default_collate
 
 from mmvim import cli
 
@@ -81,6 +82,12 @@ def test_other_arguments(fails):
         'train', 'tiny.py', '--auto-scale-lr', '--work-dir', 'new'
     )
     assert 'ends in .pkl' in fails('test', 'tiny.py', 'work/iter_4.pth', '--out', 'out.json')
+
+
+def test_a_batch_of_images_of_different_sizes():
+    with pytest.raises(RuntimeError) as raised:
+        default_collate([dict(inputs=torch.zeros(3, 8, 8)), dict(inputs=torch.zeros(3, 8, 9))])
+    assert 'the images of a batch differ in size' in cli.explain(raised.value)
 
 
 @pytest.fixture
