@@ -3,16 +3,7 @@
 python tools/verify_checkpoint.py FILE
 """
 
-import argparse
-import os
-
-
-def hide_gpus() -> None:
-    """Obey --device cpu before mmengine looks for a GPU, which it does when it is imported."""
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument('--device')
-    if parser.parse_known_args()[0].device == 'cpu':
-        os.environ['CUDA_VISIBLE_DEVICES'] = '-1'
+from _device import hide_gpus
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """Times the selective scan against the eager loop over time: both sides in one process, in turn, medians.
 
-    python kernels/benchmarks/bench_selective_scan.py --yardstick ../shared/reference/loop_scan.py
+    python kernels/benchmarks/bench_selective_scan.py --yardstick LOOP.py
 
 Refuses to print a time unless outputs and gradients agree with the float64 reference. ``--json`` writes the rows to a
 file, with device, versions, commit and threads.
