@@ -149,13 +149,15 @@ def _before_load(
     if prefix and not given:
         return
     weights = OrderedDict((name.removeprefix(prefix), state_dict.pop(name)) for name in given)
-    dropped = []
+    dropped, metadata = [], local_metadata
     if not prefix and any(name.startswith('backbone.') for name in weights):
+        # of the file's root torch hands over only what the whole model saved
+        metadata = {**getattr(state_dict, '_metadata', {}).get('backbone', {}), **_source_in(local_metadata)}
         dropped = [name for name in weights if not name.startswith('backbone.')]
         weights = OrderedDict(
             (name.removeprefix('backbone.'), weights[name]) for name in weights if name not in dropped
         )
-    conversion = convert(module, weights, local_metadata)
+    conversion = convert(module, weights, metadata)
     conversion.dropped[:0] = dropped
     report = compare(conversion, module.state_dict(), may_miss)
     module.load_report = report
@@ -170,3 +172,7 @@ def _before_load(
     state_dict.update({prefix + name: value for name, value in conversion.state_dict.items()})
     if report.dropped or report.interpolated:
         print_log(f'{type(module).__name__}: {report}', logger='current')
+
+
+def _source_in(metadata: Mapping) -> dict:
+    return {SOURCE: metadata[SOURCE]} if SOURCE in metadata else {}

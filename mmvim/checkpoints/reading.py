@@ -9,7 +9,7 @@ import os
 import pickle
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -160,12 +160,22 @@ def find_state_dict(checkpoint: Any, source: str | os.PathLike = 'the checkpoint
             f"'{source}' holds no weights: found {holds}, expected weights by name or one of {WEIGHT_KEYS}. "
             'Give a checkpoint of a model'
         )
-    while prefix := next((p for p in WRAPPER_PREFIXES if all(name.startswith(p) for name in weights)), None):
+    metadata = getattr(found, '_metadata', None)
+    while prefix := _wrapper_prefix(weights):
         weights = {name.removeprefix(prefix): value for name, value in weights.items()}
+        metadata = metadata and OrderedDict(
+            (module.removeprefix(prefix.rstrip('.')).lstrip('.'), value)
+            for module, value in metadata.items()
+            if f'{module}.'.startswith(prefix)
+        )
     state_dict = OrderedDict(weights)
-    if hasattr(found, '_metadata'):
-        state_dict._metadata = found._metadata
+    if metadata is not None:
+        state_dict._metadata = metadata
     return state_dict
+
+
+def _wrapper_prefix(names: Iterable[str]) -> str | None:
+    return next((prefix for prefix in WRAPPER_PREFIXES if all(name.startswith(prefix) for name in names)), None)
 
 
 def read_state_dict(path: str | os.PathLike, map_location: MapLocation = 'cpu') -> OrderedDict[str, Tensor]:
@@ -180,7 +190,7 @@ def load_from_local(filename: str, map_location: MapLocation = None) -> dict:
     if isinstance(checkpoint, Mapping):
         rest = {name: value for name, value in checkpoint.items() if not isinstance(value, Tensor)}
     state_dict = checkpoint.get('state_dict') if isinstance(checkpoint, Mapping) else None
-    if not isinstance(state_dict, OrderedDict):
+    if not isinstance(state_dict, OrderedDict) or _wrapper_prefix(state_dict):
         state_dict = find_state_dict(checkpoint, filename)
     metadata = getattr(state_dict, '_metadata', OrderedDict())
     for module in {'', 'backbone', *metadata}:

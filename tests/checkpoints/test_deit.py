@@ -143,6 +143,19 @@ def test_our_own_files_load_at_another_image_size(tmp_path, source_token, size):
     assert torch.equal(target.pos_embed, expected)
 
 
+@pytest.mark.parametrize('size', [(64, 96), (96, 64), (128, 128)])
+def test_a_bare_backbone_knows_the_grid_of_a_whole_model(tmp_path, size):
+    source = nn.ModuleDict(dict(backbone=deit(img_size=(64, 96)), head=nn.Linear(32, 3)))
+    nn.init.normal_(source.backbone.pos_embed)
+    torch.save({'state_dict': source.state_dict()}, tmp_path / 'd.pth')
+    expected = source.backbone.pos_embed[:, 1:]
+    if size != (64, 96):
+        table = expected.reshape(1, 4, 6, 32).permute(0, 3, 1, 2)
+        expected = F.interpolate(table, (size[0] // 16, size[1] // 16), mode='bicubic', align_corners=False)
+        expected = expected.flatten(2).transpose(1, 2)
+    assert torch.equal(init_from(dense(img_size=size), tmp_path / 'd.pth').pos_embed, expected)
+
+
 @pytest.mark.parametrize(
     ('settings', 'remedy'),
     [

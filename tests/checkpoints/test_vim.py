@@ -211,6 +211,33 @@ def test_a_bare_backbone_takes_its_part_of_a_whole_model(tmp_path):
     assert torch.equal(model.pos_embed, source.backbone.pos_embed)
 
 
+@pytest.mark.parametrize('wrapped', [False, True], ids=['as it is', 'distributed'])
+@pytest.mark.parametrize('saved', ['middle', 'head'])
+def test_a_bare_backbone_knows_where_the_class_token_of_a_whole_model_stands(tmp_path, saved, wrapped):
+    source = Detector(vim(img_size=64, cls_token=saved))
+    source.backbone.pos_embed.data = numbered(17)['pos_embed'][..., :1].expand(1, 17, 32).clone()
+    whole = nn.ModuleDict(dict(module=source)) if wrapped else source
+    torch.save({'state_dict': whole.state_dict()}, tmp_path / 'd.pth')
+    model = init_from(dense(img_size=64), tmp_path / 'd.pth')
+    place = {'middle': 8, 'head': 0}[saved]
+    assert model.pos_embed[0, :, 0].tolist() == [i for i in range(17) if i != place]
+
+
+@pytest.mark.parametrize('size', [(160, 192), (192, 160), (96, 64)])
+def test_a_bare_backbone_knows_the_grid_of_a_whole_model(tmp_path, size):
+    """(192, 160) has as many patches as (160, 192), which no shape tells apart."""
+    source = Detector(vim(img_size=(160, 192)))
+    nn.init.normal_(source.backbone.pos_embed)
+    torch.save({'state_dict': source.state_dict()}, tmp_path / 'd.pth')
+    model = init_from(dense(img_size=size), tmp_path / 'd.pth')
+    expected = torch.cat((source.backbone.pos_embed[:, :60], source.backbone.pos_embed[:, 61:]), dim=1)
+    if size != (160, 192):
+        table = expected.reshape(1, 10, 12, 32).permute(0, 3, 1, 2)
+        expected = F.interpolate(table, (size[0] // 16, size[1] // 16), mode='bicubic', align_corners=False)
+        expected = expected.flatten(2).transpose(1, 2)
+    assert torch.equal(model.pos_embed, expected)
+
+
 @pytest.mark.parametrize('saved', ['middle', 'head'])
 def test_our_own_files_tell_where_a_single_class_token_stands(tmp_path, saved):
     source = vim(img_size=64, cls_token=saved)
