@@ -1,6 +1,7 @@
 """Reading published checkpoints safely and fitting them to the models here."""
 
-from mmvim.checkpoints.classifier import to_classifier
+import mmvim.checkpoints.host_loading  # noqa: F401  (makes the hosts load files as this package does)
+from mmvim.checkpoints.classifier import fit_to_classifier, to_classifier
 from mmvim.checkpoints.deit import deit_state_dict, load_published_deit
 from mmvim.checkpoints.fitting import Conversion, LoadReport, compare, convert_on_load
 from mmvim.checkpoints.hier_vim import hier_vim_state_dict, load_hier_vim
@@ -15,6 +16,7 @@ __all__ = [
     'convert_on_load',
     'deit_state_dict',
     'find_state_dict',
+    'fit_to_classifier',
     'hier_vim_state_dict',
     'load_hier_vim',
     'load_published_deit',

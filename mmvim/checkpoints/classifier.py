@@ -4,7 +4,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Mapping
 
-from torch import Tensor
+from torch import Tensor, nn
 
 # a published classifier -> mmpretrain's ImageClassifier with a LinearClsHead; the first pattern that fits counts.
 # Some files come from a class that holds the network as `model`.
@@ -25,3 +25,16 @@ def to_classifier(state_dict: Mapping[str, Tensor]) -> OrderedDict[str, Tensor]:
         of_backbone = {f'backbone.{name}'.rstrip('.'): value for name, value in metadata.items() if name != 'backbone'}
         renamed._metadata = OrderedDict({'': metadata.get('', {}), **of_backbone})
     return renamed
+
+
+def fit_to_classifier(model: nn.Module, state_dict: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Weights under the model's names, if they have no name for the backbone, but the model is a classifier with one.
+
+    Args:
+        model: any model; only those with a `head` and a `backbone` that loads published weights matter.
+        state_dict: weights by name; a state dict of other names or for another model is returned as it is.
+    """
+    takes_published = hasattr(getattr(model, 'backbone', None), 'load_report') and hasattr(model, 'head')
+    if not takes_published or any(name.startswith('backbone.') for name in state_dict):
+        return state_dict
+    return to_classifier(state_dict)

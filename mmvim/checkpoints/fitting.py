@@ -113,8 +113,8 @@ def convert_on_load(
     It works for every way to load: `load_state_dict`, `init_cfg=dict(type='Pretrained', ...)`, and the checkpoint of a
     whole model that holds the backbone under a prefix. Weights that need no conversion stay the same tensors, so a
     resumed run goes on exactly. Without a prefix, a file of a whole model is taken too: its entries under `backbone.`
-    are used. How the last weights fitted stays as `module.load_report`, a `LoadReport`. The functions must be
-    importable by name, or the module can no longer be pickled.
+    are used. How the last weights fitted stays as `module.load_report`, a `LoadReport`; None before. The functions
+    must be importable by name, or the module can no longer be pickled.
 
     Args:
         module: the backbone.
@@ -127,6 +127,7 @@ def convert_on_load(
         CheckpointError: if the weights do not fit, with all that does not and the remedy. In a plain `load_state_dict`
             only shapes count; missing and unknown names are left to its `strict`.
     """
+    module.load_report = None
     hook = partial(_before_load, convert=convert, explain=explain, may_miss=tuple(may_miss))
     module._register_load_state_dict_pre_hook(hook, with_module=True)
 
@@ -147,6 +148,12 @@ def _before_load(
 ) -> None:
     given = [name for name in state_dict if name.startswith(prefix)]
     if prefix and not given:
+        if SOURCE in local_metadata:
+            raise CheckpointError(
+                f"checkpoint '{local_metadata[SOURCE]}' has no weights under '{prefix}', which would stay random: give "
+                'a checkpoint of the whole model, or, if the file is of the backbone alone, name it in '
+                f"model.{prefix}init_cfg=dict(type='Pretrained', checkpoint='{local_metadata[SOURCE]}')"
+            )
         return
     weights = OrderedDict((name.removeprefix(prefix), state_dict.pop(name)) for name in given)
     dropped, metadata = [], local_metadata

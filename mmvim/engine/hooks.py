@@ -8,7 +8,7 @@ from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
-from mmvim.checkpoints import Conversion, compare, find_state_dict, to_classifier
+from mmvim.checkpoints import Conversion, compare, find_state_dict, fit_to_classifier
 from mmvim.errors import CheckpointError, ConfigError, DataError
 from mmvim.registry import HOOKS
 
@@ -185,9 +185,9 @@ class CheckpointFitHook(Hook):
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Compare names and shapes before anything is loaded."""
         model, found = unwrapped(runner.model), find_state_dict(checkpoint, runner._load_from)
-        classifies = hasattr(model, 'backbone') and hasattr(model, 'head')
-        if classifies and not any(name.startswith('backbone.') for name in found):
-            found = checkpoint['state_dict'] = to_classifier(found)
+        renamed = fit_to_classifier(model, found)
+        if renamed is not found:
+            found = checkpoint['state_dict'] = renamed
         strict = runner._resume or getattr(runner, 'testing', False)
         report = compare(_convert_backbone(model, found, strict), model.state_dict())
         enough = len(report.loaded) * 2 >= len(model.state_dict())
