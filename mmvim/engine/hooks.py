@@ -192,10 +192,14 @@ class CheckpointFitHook(Hook):
         report = compare(_convert_backbone(model, found, strict), model.state_dict())
         enough = len(report.loaded) * 2 >= len(model.state_dict())
         if not enough or (strict and (report.missing or report.mismatched)):
-            raise CheckpointError(
-                f"checkpoint '{runner._load_from or runner.work_dir}' does not fit the model of this config: {report}. "
-                'Use the config that it was trained with, with the same number of classes'
-            )
+            source = runner._load_from or runner.work_dir
+            remedy = 'Use the config that it was trained with, with the same number of classes'
+            if not strict and not any(name.startswith('backbone.') for name in found):
+                remedy += (
+                    '; if it is of the backbone alone, such as a published file, name it by '
+                    f"model.backbone.init_cfg=dict(type='Pretrained', checkpoint='{source}') in place of load_from"
+                )
+            raise CheckpointError(f"checkpoint '{source}' does not fit the model of this config: {report}. {remedy}")
         if report.missing or report.mismatched:
             runner.logger.warning(f'checkpoint: {report}')
         self._check_classes(runner, checkpoint)

@@ -82,6 +82,14 @@ def test_a_start_from_another_model_is_refused():
         load(runner(Model()), dict(state_dict=dict(weight=torch.zeros(3))))
 
 
+def test_a_start_from_the_weights_of_a_backbone_names_its_place_in_the_config():
+    weights = {'layers.0.mixer.A_log': torch.zeros(3)}
+    with pytest.raises(CheckpointError, match=r"name it by model.backbone.init_cfg=dict\(.*checkpoint='file.pth'\)"):
+        load(runner(Model()), dict(state_dict=weights))
+    with pytest.raises(CheckpointError, match='same number of classes$'):
+        load(runner(Model(), testing=True), dict(state_dict=weights))
+
+
 def test_classes_in_another_order_are_refused_in_tests_only():
     saved = checkpoint(Model(), ('a', 'c', 'b'))
     load(runner(Model()), saved)
