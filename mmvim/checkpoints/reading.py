@@ -5,18 +5,20 @@ Importing this module makes mmengine read local files and URLs through `read_che
 """
 
 import argparse
+import hashlib
 import os
 import pickle
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
 import numpy as np
 import torch
-from mmengine.dist import barrier, get_dist_info
+from mmengine.dist import all_gather_object, get_dist_info
 from mmengine.logging import HistoryBuffer
 from mmengine.runner.checkpoint import CheckpointLoader
 from torch import Tensor
@@ -200,21 +202,34 @@ def load_from_local(filename: str, map_location: MapLocation = None) -> dict:
 
 
 def load_from_http(filename: str, map_location: MapLocation = None, model_dir: str | None = None) -> dict:
-    """Loader of URLs for mmengine: download to the cache of torch.hub, in one process, then as `load_from_local`."""
+    """Loader of URLs for mmengine: download to the cache of torch.hub, once a node, then as `load_from_local`.
+
+    Raises:
+        CheckpointError: in every process, if the download failed in one.
+    """
     folder = Path(model_dir or os.path.join(torch.hub.get_dir(), 'checkpoints'))
-    target = folder / os.path.basename(urlparse(filename).path)
+    # files of one name are common, such as model.safetensors of every repository
+    target = folder / f'{hashlib.sha256(filename.encode()).hexdigest()[:8]}-{os.path.basename(urlparse(filename).path)}'
     rank, _ = get_dist_info()
-    if rank == 0 and not target.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            torch.hub.download_url_to_file(filename, str(target), progress=os.isatty(0))
-        except OSError as error:
-            raise CheckpointError(
-                f"'{filename}' cannot be downloaded ({error}): check the address, or download it by other means and "
-                'give the path of the file'
-            ) from None
-    barrier()
+    # first one process of all, then one on each node that sees another disk, then whoever still lacks the file
+    for my_turn in (rank == 0, int(os.environ.get('LOCAL_RANK', rank)) == 0, True):
+        failure = _download(filename, target) if my_turn and not target.is_file() else None
+        failures = [message for message in all_gather_object(failure) if message]
+        if failures:
+            raise CheckpointError(failures[0])
     return load_from_local(str(target), map_location)
+
+
+def _download(url: str, target: Path) -> str | None:
+    """Download a file; returns what went wrong, if anything did."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(target), progress=os.isatty(0))
+    except (OSError, HTTPException, ValueError) as error:
+        return (
+            f"'{url}' cannot be downloaded ({error}): check the address, or download it by other means and give the "
+            'path of the file'
+        )
 
 
 CheckpointLoader.register_scheme(prefixes='', loader=load_from_local, force=True)

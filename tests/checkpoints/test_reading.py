@@ -1,10 +1,12 @@
 import argparse
 import http.server
 import io
+import multiprocessing
 import os
 import threading
 import warnings
 from collections import OrderedDict
+from datetime import timedelta
 from functools import partial
 
 import numpy as np
@@ -225,17 +227,70 @@ def test_checkpoints_of_a_run_load_safely_and_resume(tmp_path, capfd):
     assert len(second.message_hub.get_scalar('train/loss').data[0]) == 4
 
 
-def test_mmengine_reads_published_files_by_path_and_by_url(tmp_path, monkeypatch):
-    torch.save({'model': WEIGHTS, 'args': argparse.Namespace()}, tmp_path / 'published.pth')
+@pytest.fixture
+def address(tmp_path, monkeypatch):
+    """Address of a server of the files in `served`; downloads go to `cache`."""
+    (tmp_path / 'served').mkdir()
     monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'cache'))
-    handler = partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
+    handler = partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path / 'served')
     with http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        address = f'http://127.0.0.1:{server.server_port}'
-        for source in (str(tmp_path / 'published.pth'), f'{address}/published.pth?download=true'):
-            loaded = CheckpointLoader.load_checkpoint(source, map_location='cpu')
-            assert isinstance(loaded['state_dict'], OrderedDict) and same(loaded['state_dict'])
-        with pytest.raises(CheckpointError, match='cannot be downloaded .*give the path'):
-            CheckpointLoader.load_checkpoint(f'{address}/gone.pth')
+        yield f'http://127.0.0.1:{server.server_port}'
         server.shutdown()
-    assert (tmp_path / 'cache' / 'hub' / 'checkpoints' / 'published.pth').is_file()
+
+
+def test_mmengine_reads_published_files_by_path_and_by_url(tmp_path, address):
+    path = tmp_path / 'served' / 'published.pth'
+    torch.save({'model': WEIGHTS, 'args': argparse.Namespace()}, path)
+    for source in (str(path), f'{address}/published.pth?download=true'):
+        loaded = CheckpointLoader.load_checkpoint(source, map_location='cpu')
+        assert isinstance(loaded['state_dict'], OrderedDict) and same(loaded['state_dict'])
+    with pytest.raises(CheckpointError, match='cannot be downloaded .*give the path'):
+        CheckpointLoader.load_checkpoint(f'{address}/gone.pth')
+    (cached,) = (tmp_path / 'cache' / 'hub' / 'checkpoints').iterdir()
+    assert cached.name.endswith('-published.pth')
+
+
+def test_files_of_one_name_at_two_addresses_are_two(tmp_path, address):
+    files = [f'{address}/{size}/model.safetensors' for size in ('tiny', 'small')]
+    for number, size in enumerate(('tiny', 'small')):
+        (tmp_path / 'served' / size).mkdir()
+        save_file({'a': torch.full((2,), float(number))}, tmp_path / 'served' / size / 'model.safetensors')
+    for _ in range(2):  # downloaded, then from the cache
+        found = [CheckpointLoader.load_checkpoint(file)['state_dict']['a'].tolist() for file in files]
+        assert found == [[0.0, 0.0], [1.0, 1.0]]
+        for size in ('tiny', 'small'):
+            (tmp_path / 'served' / size / 'model.safetensors').unlink(missing_ok=True)
+
+
+def load_as_rank(rank, folder, urls, results):
+    """One of two processes, each with a disk of its own if `folder` holds two."""
+    os.environ.update(LOCAL_RANK='0', TORCH_HOME=str(folder / f'cache{rank}'))
+    torch.distributed.init_process_group(
+        'gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2, timeout=timedelta(seconds=20)
+    )
+    for url in urls:
+        try:
+            results.put((rank, CheckpointLoader.load_checkpoint(url)['state_dict']['a'].tolist()))
+        except CheckpointError as error:
+            results.put((rank, str(error)))
+    torch.distributed.destroy_process_group()
+
+
+def test_nodes_with_disks_of_their_own_download_and_fail_together(tmp_path, address):
+    torch.save({'a': torch.ones(2)}, tmp_path / 'served' / 'w.pth')
+    context = multiprocessing.get_context('fork')
+    results = context.Queue()
+    urls = (f'{address}/gone.pth', f'{address}/w.pth')
+    processes = [context.Process(target=load_as_rank, args=(rank, tmp_path, urls, results)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    found = sorted((results.get(timeout=60) for _ in range(4)), key=str)
+    for process in processes:
+        process.join(timeout=60)
+        assert process.exitcode == 0
+    failure = found[0][1]
+    assert 'gone.pth' in failure and 'cannot be downloaded' in failure
+    assert found == [(0, failure), (0, [1.0, 1.0]), (1, failure), (1, [1.0, 1.0])]
+    for rank in range(2):
+        assert [path.name[-6:] for path in (tmp_path / f'cache{rank}').rglob('*.pth')] == ['-w.pth']
