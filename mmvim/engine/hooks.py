@@ -49,16 +49,25 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
+# heads by the last part of their name, and classes, whose num_classes counts other things than the data's classes
+OTHER_HEADS = ('rpn_head', 'semantic_head')  # objects; things and stuff of MMDetection's HTC, SCNet and Panoptic FPN
+OTHER_TYPES = ('STDCHead',)  # borders
+
+
 def head_class_counts(model: nn.Module) -> Iterator[tuple[str, int]]:
-    """Name and ``num_classes`` of every head of a model that tells the classes of the data apart."""
-    for name, module in model.named_modules():
+    """Name and ``num_classes`` of every head of a model that tells the classes of the data apart.
+
+    In a panoptic model of MMDetection that is the fusion head alone; the others tell things or stuff apart.
+    """
+    fusion = getattr(model, 'panoptic_fusion_head', None)
+    for name, module in model.named_modules() if fusion is None else [('panoptic_fusion_head', fusion)]:
         parts = name.split('.')
         if parts[-1].isdigit():
             parts.pop()
-        if not parts or not parts[-1].endswith('head') or parts[-1] == 'rpn_head' or 'backbone' in parts:
+        if not parts or not parts[-1].endswith('head') or parts[-1] in OTHER_HEADS or {'backbone', 'reid'} & set(parts):
             continue
         count = getattr(module, 'num_classes', None)
-        if isinstance(count, int) and count > 0:
+        if isinstance(count, int) and count > 0 and type(module).__name__ not in OTHER_TYPES:
             yield name, count
 
 

@@ -3,7 +3,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from mmengine.registry import HOOKS
+from mmengine.config import Config
+from mmengine.registry import HOOKS, MODELS, init_default_scope
+from mmengine.utils import get_installed_path
 from torch import nn
 
 from mmvim.engine.hooks import head_class_counts
@@ -45,6 +47,41 @@ def checkpoint(model, classes=('a', 'b', 'c')):
 
 def test_every_head_is_looked_at_but_the_proposals():
     assert list(head_class_counts(Model())) == [('bbox_head.0', 3), ('bbox_head.1', 3)]
+
+
+def build_from(config, scope):
+    """The model of a host's own config, without memory for its weights."""
+    cfg = Config.fromfile(get_installed_path(scope) + '/.mim/configs/' + config)
+    init_default_scope(scope)
+    with torch.device('meta'):
+        return MODELS.build(cfg.model)
+
+
+@pytest.mark.parametrize(
+    ('config', 'num_classes', 'checked'),
+    [
+        ('htc/htc_r50_fpn_1x_coco.py', 80, 6),
+        ('scnet/scnet_r50_fpn_1x_coco.py', 80, 5),
+        ('panoptic_fpn/panoptic-fpn_r50_fpn_1x_coco.py', 133, 1),
+        ('mask2former/mask2former_r50_8xb2-lsj-50e_coco-panoptic.py', 133, 1),
+        ('mask2former/mask2former_r50_8xb2-lsj-50e_coco.py', 80, 1),
+        ('solov2/solov2_r50_fpn_1x_coco.py', 80, 1),
+    ],
+)
+def test_heads_of_mmdet_with_classes_of_their_own_are_left_alone(config, num_classes, checked):
+    pytest.importorskip('mmdet')
+    model = build_from(config, 'mmdet')
+    assert [count for _, count in head_class_counts(model)] == [num_classes] * checked
+    hook = HOOKS.build(dict(type='mmvim.ClassCountHook'))
+    hook.before_train(runner(model, classes=tuple(map(str, range(num_classes)))))
+    with pytest.raises(ConfigError, match=f'has {num_classes} classes, but the data set of train_dataloader has 7 '):
+        hook.before_train(runner(model, classes=tuple('abcdefg')))
+
+
+def test_a_head_of_mmseg_for_borders_is_left_alone():
+    pytest.importorskip('mmseg')
+    model = build_from('stdc/stdc1_4xb12-80k_cityscapes-512x1024.py', 'mmseg')
+    assert [count for _, count in head_class_counts(model)] == [19, 19, 19]
 
 
 @pytest.mark.parametrize('moment', ['before_train', 'before_val', 'before_test'])
