@@ -1,5 +1,6 @@
 """Layer-wise learning rates and weight decay for every backbone of this package, in all hosts."""
 
+import difflib
 import fnmatch
 from collections.abc import Callable
 
@@ -13,6 +14,7 @@ from mmvim.registry import OPTIM_WRAPPER_CONSTRUCTORS
 NORMS = (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 SCOPES = ('all', 'embedding')
 KEYS = {'decay_rate', 'decay_scope', 'norm_decay_mult', 'bias_decay_mult', 'flat_decay_mult', 'custom_keys'}
+CUSTOM = {'lr_mult', 'decay_mult'}
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
@@ -30,12 +32,14 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
       and positions, which is what the released Vim segmentation recipe does in fact (see configs/vim/README.md).
     - ``norm_decay_mult``, ``bias_decay_mult``, ``flat_decay_mult`` (float): factor on the weight decay of norms,
       biases, and other one-dimensional parameters. Default to 0.
-    - ``custom_keys`` (dict): shell-style patterns of whole parameter names to ``dict(lr_mult=..., decay_mult=...)``;
-      the first pattern that fits wins. The layer's factor stays in force beside lr_mult.
+    - ``custom_keys`` (dict): parts of parameter names to ``dict(lr_mult=..., decay_mult=...)``, as in mmengine's own
+      constructor: a key fits every name that contains it, and of several that fit the longest wins. A key with one of
+      ``*?[`` is a shell-style pattern of the whole name instead. The layer's factor stays in force beside lr_mult, and
+      so does the weight decay of above where decay_mult is not given.
 
     Raises:
-        ValueError: if paramwise_cfg holds an unknown key or a value out of range, or if decay_rate is below 1 and no
-            module of the model has ``get_layer_depth``.
+        ValueError: if paramwise_cfg holds an unknown key or a value out of range, if a custom key fits no parameter, or
+            if decay_rate is below 1 and no module of the model has ``get_layer_depth``.
 
     Example:
         >>> optim_wrapper = dict(
@@ -57,6 +61,9 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             raise ValueError(f'decay_rate must be in (0, 1], got {self.paramwise_cfg["decay_rate"]}')
         if self.paramwise_cfg.get('decay_scope', 'all') not in SCOPES:
             raise ValueError(f'decay_scope must be one of {SCOPES}, got {self.paramwise_cfg["decay_scope"]!r}')
+        for key, custom in (self.paramwise_cfg.get('custom_keys') or {}).items():
+            if not isinstance(custom, dict) or not set(custom) <= CUSTOM:
+                raise ValueError(f'custom_keys[{key!r}] may be a dict with {sorted(CUSTOM)}, got {custom!r}')
 
     def add_params(self, params: list[dict], module: nn.Module, **kwargs) -> None:
         """Append one group per pair of learning rate and weight decay that occurs in ``module``, largest rate first."""
@@ -67,6 +74,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
                 f'decay_rate={cfg["decay_rate"]} needs a backbone with get_layer_depth, which no module of '
                 f'{type(module).__name__} has: use a backbone of mmvim or mmpretrain, or leave decay_rate out'
             )
+        self._check_custom_keys(module)
         groups: dict[tuple[float, float], dict] = {}
         seen = set()
         for prefix, owner in module.named_modules():
@@ -95,6 +103,14 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             else 'no parameter is trained'
         )
 
+    def _check_custom_keys(self, module: nn.Module) -> None:
+        names = [name for name, _ in module.named_parameters(remove_duplicate=False)]
+        for key in self.paramwise_cfg.get('custom_keys') or {}:
+            if not any(_fits(key, name) for name in names):
+                close = difflib.get_close_matches(key, {part for name in names for part in name.split('.')}, n=1)
+                hint = f'did you mean {close[0]!r}?' if close else f'its names are like {names[0]!r} and {names[-1]!r}'
+                raise ValueError(f'custom_keys: {key!r} fits no parameter of {type(module).__name__}; {hint}')
+
     @staticmethod
     def _declarations(module: nn.Module) -> tuple[dict[str, Callable], set[str]]:
         """Prefix -> get_layer_depth of the modules that have one, and the full names that declare no weight decay."""
@@ -116,9 +132,12 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
                 depth, num_depths = get_layer_depth(name, prefix)
                 if cfg.get('decay_scope', 'all') == 'all' or depth == 0:
                     lr_mult = cfg['decay_rate'] ** (num_depths - 1 - depth)
-        for pattern, custom in cfg.get('custom_keys', {}).items():
-            if fnmatch.fnmatchcase(name, pattern):
-                return lr_mult * custom.get('lr_mult', 1.0), custom.get('decay_mult', 1.0)
+        custom_keys = cfg.get('custom_keys') or {}
+        fitting = [key for key in custom_keys if _fits(key, name)]
+        custom = custom_keys[max(fitting, key=len)] if fitting else {}
+        lr_mult *= custom.get('lr_mult', 1.0)
+        if 'decay_mult' in custom:
+            return lr_mult, custom['decay_mult']
         if name in undecayed:
             return lr_mult, 0.0
         if isinstance(owner, NORMS):
@@ -128,3 +147,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         if parameter.ndim <= 1:
             return lr_mult, cfg.get('flat_decay_mult', 0.0)
         return lr_mult, 1.0
+
+
+def _fits(key: str, name: str) -> bool:
+    return fnmatch.fnmatchcase(name, key) if set(key) & set('*?[') else key in name

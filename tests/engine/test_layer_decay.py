@@ -79,12 +79,39 @@ def test_decay_of_the_embedding_alone():
     assert found['backbone.layers.0.mixer.in_proj.weight'] == (1.0, 0.5)
 
 
-def test_custom_keys_match_whole_names():
+def test_custom_keys_with_wildcards_match_whole_names():
     keys = {'backbone.*.D': dict(decay_mult=1.0), 'head.*': dict(lr_mult=10.0)}
     found = settings_by_name(Model(), custom_keys=keys)
     assert found['backbone.layers.0.mixer.D'] == (1.0, 0.5)
     assert found['backbone.layers.0.mixer.D_b'] == (1.0, 0.0)
     assert found['head.1.weight'] == (10.0, 0.5)
+
+
+def test_custom_keys_match_parts_of_names_as_in_the_hosts():
+    """As DefaultOptimWrapperConstructor of mmengine: every name that contains the key, the longest key first."""
+    keys = {'backbone': dict(lr_mult=0.1), 'backbone.layers.1': dict(lr_mult=0.5), 'head.1': dict(decay_mult=0.2)}
+    found = settings_by_name(Model(), custom_keys=keys)
+    hosts = build_optim_wrapper(
+        model := Model(),
+        dict(optimizer=dict(type='AdamW', lr=1.0, weight_decay=0.5), paramwise_cfg=dict(custom_keys=keys)),
+    )
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    expected = {names[id(group['params'][0])]: group['lr'] for group in hosts.optimizer.param_groups}
+    assert {name: lr for name, (lr, _) in found.items()} == expected
+    assert {lr for lr in expected.values()} == {0.1, 0.5, 1.0}
+    assert found['head.1.weight'] == (1.0, 0.1)
+
+
+def test_a_factor_on_the_learning_rate_leaves_the_weight_decay_as_it_is():
+    plain = settings_by_name(Model(), decay_rate=0.5)
+    found = settings_by_name(Model(), decay_rate=0.5, custom_keys={'backbone': dict(lr_mult=0.1)})
+    for name, (lr, weight_decay) in plain.items():
+        assert found[name] == (pytest.approx(lr * 0.1 if name.startswith('backbone.') else lr), weight_decay), name
+
+
+def test_a_custom_key_may_be_of_frozen_parameters_alone():
+    found = settings_by_name(Model(frozen_stages=0), custom_keys={'pos_embed': dict(decay_mult=0.0)})
+    assert 'backbone.pos_embed' not in found
 
 
 def test_frozen_parameters_are_left_out():
@@ -97,6 +124,17 @@ def test_frozen_parameters_are_left_out():
         (dict(layer_decay_rate=0.5), 'layer_decay_rate'),
         (dict(decay_rate=1.5), 'decay_rate must be in'),
         (dict(decay_scope='some'), 'decay_scope must be one of'),
+        (dict(custom_keys={'backbon3': {}}), "'backbon3' fits no parameter of Model; did you mean 'backbone'?"),
+        (
+            dict(custom_keys={'neck': {}}),
+            r"'neck' fits no parameter of Model; its names are such as 'backbone\.\w+' and",
+        ),
+        (dict(custom_keys={'layers.*.D': {}}), r"'layers\.\*\.D' fits no parameter"),
+        (
+            dict(custom_keys={'backbone': dict(lr=0.1)}),
+            r"custom_keys\['backbone'\] may be a dict with \['decay_mult', ",
+        ),
+        (dict(custom_keys={'backbone': 0.1}), r"custom_keys\['backbone'\] may be a dict .*, got 0.1"),
     ],
 )
 def test_bad_settings(cfg, message):
