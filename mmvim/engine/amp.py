@@ -75,13 +75,16 @@ def low_precision(model: nn.Module, parts: Sequence[str], dtype: torch.dtype) ->
     if not modules:
         raise ValueError(f'{type(model).__name__} has none of {tuple(parts)}: name the parts to run in {dtype}')
     device = next(model.parameters()).device.type
+    own = [module.__dict__.get('forward') for module in modules]  # such as that of activation checkpointing
     try:
         for module in modules:
             module.forward = _autocast(module.forward, device, dtype, back=module is modules[-1])
         yield
     finally:
-        for module in modules:
+        for module, forward in zip(modules, own, strict=True):
             module.__dict__.pop('forward', None)
+            if forward is not None:
+                module.forward = forward
 
 
 def _autocast(forward, device: str, dtype: torch.dtype, back: bool):
