@@ -127,7 +127,7 @@ def test_frozen_parameters_are_left_out():
         (dict(custom_keys={'backbon3': {}}), "'backbon3' fits no parameter of Model; did you mean 'backbone'?"),
         (
             dict(custom_keys={'neck': {}}),
-            r"'neck' fits no parameter of Model; its names are such as 'backbone\.\w+' and",
+            r"'neck' fits no parameter of Model; its names are like 'backbone\.\w+' and",
         ),
         (dict(custom_keys={'layers.*.D': {}}), r"'layers\.\*\.D' fits no parameter"),
         (
