@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mmvim.checkpoints import load_published_vim
-from mmvim.models.layers.patch_embed import PatchEmbed, lecun_normal_, resize_pos_embed
+from mmvim.models.layers.patch_embed import PatchEmbed, PositionCache, lecun_normal_, resize_pos_embed
 from mmvim.models.layers.rotary import RotaryEmbedding2d
 from mmvim.models.layers.vim_mixer import VimMixer
 from mmvim.registry import MODELS
@@ -177,6 +177,7 @@ class VisionMamba(BaseModule):
             self.register_parameter(name, nn.Parameter(torch.zeros(1, 1, self.embed_dims)))
         num_tokens = num_patches + len(self._class_token_names())
         self.pos_embed = nn.Parameter(torch.zeros(1, num_tokens, self.embed_dims))
+        self.position_cache = PositionCache()
         self.drop_after_pos = nn.Dropout(drop_rate)
         self.rotary = RotaryEmbedding2d(self.embed_dims, rotary_pretrain_size) if rotary else None
 
@@ -306,6 +307,9 @@ class VisionMamba(BaseModule):
         """Position table (1, L, D) of a grid (h, w) of patches, with the entries of the class tokens in place."""
         if tuple(grid) == tuple(self.grid):
             return self.pos_embed
+        return self.position_cache.get(self.pos_embed, tuple(grid), lambda: self._resized_positions(grid))
+
+    def _resized_positions(self, grid: tuple[int, int]) -> Tensor:
         source = class_token_positions(self.cls_layout, self.grid[0] * self.grid[1])
         tokens = [self.pos_embed[:, i : i + 1] for i in source]
         patches = self.pos_embed[:, _complement(source, self.pos_embed.shape[1])]

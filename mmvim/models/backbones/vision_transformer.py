@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mmvim.checkpoints.deit import load_published_deit
-from mmvim.models.layers.patch_embed import PatchEmbed, lecun_normal_, resize_pos_embed
+from mmvim.models.layers.patch_embed import PatchEmbed, PositionCache, lecun_normal_, resize_pos_embed
 from mmvim.models.layers.transformer import Mlp, SelfAttention
 from mmvim.models.layers.windows import from_windows, to_windows
 from mmvim.registry import MODELS
@@ -207,6 +207,7 @@ class VisionTransformer(BaseModule):
             self.cls_token = nn.Parameter(torch.zeros(1, 1, self.embed_dims))
         num_tokens = self.grid[0] * self.grid[1] + with_cls_token
         self.pos_embed = nn.Parameter(torch.zeros(1, num_tokens, self.embed_dims))
+        self.position_cache = PositionCache()
         self.drop_after_pos = nn.Dropout(drop_rate)
         rates = [drop_path_rate * i / max(self.depth - 1, 1) for i in range(self.depth)]
         self.blocks = nn.ModuleList(
@@ -324,6 +325,9 @@ class VisionTransformer(BaseModule):
         """Position table (1, L, D) of a grid (h, w) of patches, with the entry of the class token first."""
         if tuple(grid) == tuple(self.grid):
             return self.pos_embed
+        return self.position_cache.get(self.pos_embed, tuple(grid), lambda: self._resized_positions(grid))
+
+    def _resized_positions(self, grid: tuple[int, int]) -> Tensor:
         token, patches = self.pos_embed.split((int(self.with_cls_token), self.grid[0] * self.grid[1]), dim=1)
         return torch.cat((token, resize_pos_embed(patches, self.grid, grid, self.interpolate_mode)), dim=1)
 

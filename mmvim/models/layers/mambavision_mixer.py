@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmvim.models.layers.precision import at_least_float32
 from mmvim.models.layers.transformer import init_linear
 from ssm_kernels import DirectionWeights, causal_conv1d, mamba_inner, same_conv1d
 
@@ -94,7 +95,7 @@ class MambaVisionMixer(nn.Module):
             conv_bias=None,
             x_proj=self.x_proj.weight,
             dt_proj=self.dt_proj.weight,
-            A=-self.A_log.float().exp(),
+            A=-at_least_float32(self.A_log).exp(),
             D=self.D,
             # In the published models the projection adds its bias and the scan adds it again.
             dt_bias=2 * self.dt_proj.bias,

@@ -1,8 +1,14 @@
 """Patch embedding that takes images of any size."""
 
+from collections import OrderedDict
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from mmvim.models.layers.precision import at_least_float32
 
 # B batch, H x W image, h x w grid of patches, D width
 
@@ -58,8 +64,39 @@ def resize_pos_embed(pos_embed: Tensor, source: tuple[int, int], target: tuple[i
         return pos_embed
     grid = pos_embed.reshape(1, *source, -1).permute(0, 3, 1, 2)
     align_corners = None if mode in ('nearest', 'area', 'nearest-exact') else False
-    grid = F.interpolate(grid.float(), size=tuple(target), mode=mode, align_corners=align_corners)
+    grid = F.interpolate(at_least_float32(grid), size=tuple(target), mode=mode, align_corners=align_corners)
     return grid.flatten(2).transpose(1, 2).to(pos_embed.dtype)
+
+
+class PositionCache:
+    """Keeps the interpolated tables of the last grids for inference on a CPU, where making one takes milliseconds.
+
+    A kept table is used as long as the values that it was made of are the same, however they were written. Copies and
+    pickles of the cache are empty.
+
+    Args:
+        size: number of grids.
+    """
+
+    def __init__(self, size: int = 4) -> None:
+        self.size = size
+        self.held: OrderedDict[tuple[int, int], tuple[Tensor, Tensor]] = OrderedDict()
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.size,)
+
+    def get(self, table: Tensor, grid: tuple[int, int], make: Callable[[], Tensor]) -> Tensor:
+        """``make()``, or what it returned before for this grid and a table (1, L, D) of these values."""
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode()
+        if torch.is_grad_enabled() or table.device.type != 'cpu' or traced:
+            return make()
+        held = self.held.pop(grid, None)
+        if held is None or held[0].dtype != table.dtype or not torch.equal(held[0], table):
+            held = table.detach().clone(), make()
+        self.held[grid] = held
+        while len(self.held) > self.size:
+            self.held.popitem(last=False)
+        return held[1]
 
 
 def square_grid(num_patches: int) -> tuple[int, int] | None:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmvim.models.layers.precision import at_least_float32
 from ssm_kernels import DirectionWeights, bidirectional_selective_scan, causal_conv1d, mamba_inner
 
 # B batch, L tokens, D width, E = expand * D inner width, N state size, R rank of delta
@@ -114,7 +115,7 @@ class VimMixer(nn.Module):
 
     def _direction(self, suffix: str, A_log: Tensor) -> DirectionWeights:
         conv, x_proj, dt_proj, D = (getattr(self, name + suffix) for name in ('conv1d', 'x_proj', 'dt_proj', 'D'))
-        A = -A_log.float().exp()
+        A = -at_least_float32(A_log).exp()
         return DirectionWeights(conv.weight.squeeze(1), conv.bias, x_proj.weight, dt_proj.weight, A, D, dt_proj.bias)
 
     def _scan_shared(self, x: Tensor, z: Tensor) -> Tensor:
@@ -122,6 +123,7 @@ class VimMixer(nn.Module):
         u = causal_conv1d(x, self.conv1d.weight.squeeze(1), self.conv1d.bias, backend=self.scan_backend)
         dt, B, C = self.x_proj(u).split((self.dt_rank, self.d_state, self.d_state), dim=-1)
         dt = F.linear(dt, self.dt_proj.weight)
-        A = torch.stack((-self.A_log.float().exp(), -self.A_b_log.float().exp()))
-        u, dt, B, C, D, bias = (t.expand(2, *t.shape) for t in (u, dt, B, C, self.D.float(), self.dt_proj.bias.float()))
+        A = torch.stack([-at_least_float32(A_log).exp() for A_log in (self.A_log, self.A_b_log)])
+        D, bias = at_least_float32(self.D), at_least_float32(self.dt_proj.bias)
+        u, dt, B, C, D, bias = (t.expand(2, *t.shape) for t in (u, dt, B, C, D, bias))
         return bidirectional_selective_scan(u, dt, A, B, C, D, z, bias, dt_softplus=True, backend=self.scan_backend)
