@@ -1,18 +1,6 @@
-# The recipe of Vim with ViTDet's attention: windows of 14 patches, and global attention in every third block.
-_base_ = '../vim/cascade_mask_rcnn_vim_ti_coco.py'
+# The recipe of Vim with ViTDet's attention.
+_base_ = ['../vim/cascade_mask_rcnn_vim_ti_coco.py', '../_base_/models/vitdet_deit.py']
 
-model = dict(
-    backbone=dict(
-        _delete_=True,
-        type='mmvim.VisionTransformer',
-        arch='deit-tiny',
-        img_size=_base_.image_size,
-        out_type='featmap',
-        with_cls_token=False,
-        window_size=14,
-        global_attn_indexes=(2, 5, 8, 11),
-        drop_path_rate=0.1,
-    )
-)
+model = dict(backbone=dict(_base_.vitdet, _delete_=True, img_size=_base_.image_size))
 # Over 12 blocks as much as 0.837 over 24.
 optim_wrapper = dict(paramwise_cfg=dict(decay_rate=0.7))

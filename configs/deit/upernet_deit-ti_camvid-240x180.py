@@ -5,7 +5,7 @@ model = dict(
         _delete_=True,
         type='mmvim.VisionTransformer',
         arch='deit-tiny',
-        img_size=(160, 192),
+        img_size=None,
         out_indices=(2, 5, 8, 11),
         out_type='featmap',
     )

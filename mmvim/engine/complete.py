@@ -1,4 +1,4 @@
-"""What a config leaves open because it follows from the data: paths of a COCO folder and the number of classes."""
+"""What a config leaves open because it follows from the data: paths, classes and sizes for data of one's own."""
 
 import inspect
 import os
@@ -11,17 +11,23 @@ from mmvim.errors import ConfigError, DataError
 
 LOADERS = dict(train_dataloader='train', val_dataloader='val', test_dataloader='test')
 LONGEST = (1333, 800)  # longest and shortest side of MMDetection's usual frame
+LONGEST_SEG = (4, 1)  # of MMSegmentation's
+COCO_FOLDER, LABEL_MAPS = 'CocoFolderDataset', 'BaseSegDataset'
 
 
 def complete_config(cfg: ConfigDict) -> set[str]:
     """Fill in what a config leaves open from its top-level keys, so that each is stated in one place.
 
-    - ``data_root`` goes to the data sets, and to :class:`mmvim.CocoFolderDataset` also ``train_ann``, ``val_ann``,
-      ``test_ann``, ``train_img``, ``val_img``, ``test_img`` and ``skip_bad_images``; the test split is the validation
-      split unless it is named;
-    - ``classes``, or the names in the training annotations of a COCO folder, go to its data sets, and their number to
+    - ``data_root`` goes to the data sets;
+    - ``train_ann``, ``val_ann``, ``test_ann``, ``train_img``, ``val_img`` and ``test_img`` go to
+      :class:`mmvim.CocoFolderDataset` and to MMSegmentation's BaseSegDataset as annotation file or folder of label maps
+      and as image folder; the test split is the validation split unless it is named. ``skip_bad_images`` goes to the
+      first, ``img_suffix``, ``seg_map_suffix`` and ``reduce_zero_label`` go to the second;
+    - ``classes``, or the names in the training annotations of a COCO folder, go to these data sets, and their number to
       ``num_classes`` of every head;
-    - ``image_size`` goes to the transforms that resize and crop, and to the backbone's positions;
+    - ``ignore_index`` goes to all that reads label maps: data sets, random crops, padding, heads and metric;
+    - ``image_size`` goes to the transforms that resize and crop, and to the backbone's positions; for label maps crops
+      and positions are of ``crop_size`` if it is given;
     - ``max_iters`` goes to the training loop, and is the end of the learning rate's schedule.
 
     What is set where it is used stays as it is.
@@ -33,19 +39,21 @@ def complete_config(cfg: ConfigDict) -> set[str]:
         The top-level keys that were used.
 
     Raises:
-        ConfigError: if ``num_classes`` is given and is not the number of classes.
+        ConfigError: if ``num_classes`` is given and is not the number of classes, or label maps have no class names.
         DataError: if the annotation file cannot be read.
     """
     used: set[str] = set()
     datasets = [(LOADERS[key], dataset_of(cfg.get(key))) for key in LOADERS if cfg.get(key)]
-    folders = [(split, dataset) for split, dataset in datasets if _kind(dataset) == 'CocoFolderDataset']
-    for _, dataset in datasets:
+    for split, dataset in datasets:
         _fill(cfg, 'data_root', dataset, 'data_root', used)
-    for split, dataset in folders:
         _fill_paths(cfg, split, dataset, used)
+    folders = [dataset for _, dataset in datasets if _kind(dataset) == COCO_FOLDER]
+    label_maps = [dataset for _, dataset in datasets if _kind(dataset) == LABEL_MAPS]
     if folders:
-        _fill_classes(cfg, [dataset for _, dataset in folders], used)
-    _fill_image_size(cfg, [dataset for _, dataset in datasets], used)
+        _fill_classes(cfg, folders, _names(cfg) or _classes_of(folders), 'the annotation file has', used)
+    if label_maps:
+        _fill_label_maps(cfg, label_maps, used)
+    _fill_image_size(cfg, [dataset for _, dataset in datasets], bool(label_maps), used)
     _fill_max_iters(cfg, used)
     return used
 
@@ -88,27 +96,74 @@ def _fill(cfg: ConfigDict, name: str, target: dict, key: str, used: set[str], va
 
 
 def _fill_paths(cfg: ConfigDict, split: str, dataset: dict, used: set[str]) -> None:
-    for suffix, key in (('ann', 'ann_file'), ('img', 'data_prefix')):
-        name = f'{split}_{suffix}'
-        if split == 'test' and cfg.get(name) is None:
-            name = f'val_{suffix}'
-        _fill(cfg, name, dataset, key, used, dict(img=cfg.get(name)) if suffix == 'img' else None)
-    _fill(cfg, 'skip_bad_images', dataset, 'skip_bad_images', used)
+    names = {suffix: f'{split}_{suffix}' for suffix in ('img', 'ann')}
+    if split == 'test':
+        names = {suffix: name if cfg.get(name) is not None else f'val_{suffix}' for suffix, name in names.items()}
+    if _kind(dataset) == COCO_FOLDER:
+        _fill(cfg, names['ann'], dataset, 'ann_file', used)
+        _fill(cfg, names['img'], dataset, 'data_prefix', used, dict(img=cfg.get(names['img'])))
+        _fill(cfg, 'skip_bad_images', dataset, 'skip_bad_images', used)
+    elif _kind(dataset) == LABEL_MAPS:
+        prefix = ConfigDict(dataset.get('data_prefix') or {})
+        _fill(cfg, names['img'], prefix, 'img_path', used)
+        _fill(cfg, names['ann'], prefix, 'seg_map_path', used)
+        if prefix:
+            dataset['data_prefix'] = prefix
+        for key in ('img_suffix', 'seg_map_suffix', 'reduce_zero_label'):
+            _fill(cfg, key, dataset, key, used)
 
 
-def _fill_classes(cfg: ConfigDict, datasets: list[dict], used: set[str]) -> None:
-    classes = tuple(cfg.get('classes') or _classes_of(datasets))
+def _steps(cfg: ConfigDict, datasets: list[dict]) -> list[dict]:
+    """All transforms, also those of the top-level keys, which MMSegmentation's inference_model reads."""
+    pipelines = [dataset.get('pipeline') for dataset in datasets]
+    pipelines += [cfg.get(key) for key in ('train_pipeline', 'test_pipeline')]
+    return [step for pipeline in pipelines for step in pipeline or []]
+
+
+def _names(cfg: ConfigDict) -> tuple[str, ...]:
+    """Class names that the config gives; one name alone comes from the command line as a string."""
+    classes = cfg.get('classes') or ()
+    return (classes,) if isinstance(classes, str) else tuple(classes)
+
+
+def _has_classes(dataset: dict) -> bool:
+    return (dataset.get('metainfo') or {}).get('classes') is not None
+
+
+def _fill_classes(cfg: ConfigDict, datasets: list[dict], classes: tuple[str, ...], source: str, used: set[str]) -> None:
     given = cfg.get('num_classes')
     if given is not None and given != len(classes):
         raise ConfigError(
-            f'num_classes={given}, but the annotation file has {len(classes)} classes ({", ".join(classes)}): leave '
+            f'num_classes={given}, but {source} {len(classes)} classes ({", ".join(classes)}): leave '
             'num_classes out, or use other annotations'
         )
     used.update(('classes', 'num_classes'))
     for dataset in datasets:
-        if dataset.get('metainfo') is None:
-            dataset['metainfo'] = ConfigDict(classes=classes)
+        if not _has_classes(dataset):
+            dataset['metainfo'] = ConfigDict(dataset.get('metainfo') or {}, classes=classes)
     set_num_classes(cfg['model'], len(classes))
+
+
+def _fill_label_maps(cfg: ConfigDict, datasets: list[dict], used: set[str]) -> None:
+    """Class names and the value to ignore, of data sets that read a folder of label maps."""
+    if not all(_has_classes(dataset) for dataset in datasets):
+        classes = _names(cfg)
+        if not classes:
+            raise ConfigError(
+                'no class names: label maps have none of their own, so name their values 0, 1, ... in this order, in '
+                'the config or by --cfg-options classes="[road,sky]"'
+            )
+        _fill_classes(cfg, datasets, classes, 'classes names', used)
+    heads = [cfg['model'].get(key) or [] for key in ('decode_head', 'auxiliary_head')]
+    crops = [step for step in _steps(cfg, datasets) if _kind(step) == 'RandomCrop']
+    evaluators = [cfg.get(key) or [] for key in ('val_evaluator', 'test_evaluator')]
+    for part in [*_flat(heads), *datasets, *crops, *(e for e in _flat(evaluators) if _kind(e) == 'IoUMetric')]:
+        _fill(cfg, 'ignore_index', part, 'ignore_index', used)
+    _fill(cfg, 'ignore_index', cfg['model'].get('data_preprocessor') or {}, 'seg_pad_val', used)
+
+
+def _flat(parts: list[dict | list[dict]]) -> list[dict]:
+    return [part for entry in parts for part in (entry if isinstance(entry, list) else [entry])]
 
 
 def _classes_of(datasets: list[dict]) -> tuple[str, ...]:
@@ -129,23 +184,38 @@ def set_num_classes(model: dict | list, count: int) -> None:
             set_num_classes(value, count)
 
 
-def _fill_image_size(cfg: ConfigDict, datasets: list[dict], used: set[str]) -> None:
-    if not cfg.get('image_size') or not isinstance(cfg['image_size'], int):
+def _fill_image_size(cfg: ConfigDict, datasets: list[dict], label_maps: bool, used: set[str]) -> None:
+    frame, crop, positions = _sizes(cfg, label_maps)
+    if frame is None:
         return
-    size = cfg['image_size']
-    frame = (size * LONGEST[0] // LONGEST[1], size)
+    values = dict(scale=('image_size', frame), crop_size=('crop_size' if cfg.get('crop_size') else 'image_size', crop))
     places = [
         (step, dict(RandomResize='scale', Resize='scale', RandomCrop='crop_size').get(_kind(step)))
-        for dataset in datasets
-        for step in dataset.get('pipeline') or []
+        for step in _steps(cfg, datasets)
         if step.get('scale_factor') is None
     ]
     for step, key in places:
         if key:
-            _fill(cfg, 'image_size', step, key, used, frame if key == 'scale' else (frame[0], frame[0]))
+            _fill(cfg, values[key][0], step, key, used, values[key][1])
     backbone = cfg['model'].get('backbone') or {}
     if 'img_size' in backbone:
-        _fill(cfg, 'image_size', backbone, 'img_size', used, (size, size))
+        _fill(cfg, values['crop_size'][0], backbone, 'img_size', used, positions)
+    if label_maps and 'data_preprocessor' in cfg['model']:
+        _fill(cfg, values['crop_size'][0], cfg['model']['data_preprocessor'], 'size', used, crop)
+
+
+def _sizes(cfg: ConfigDict, label_maps: bool) -> tuple[tuple[int, int] | None, tuple[int, int], tuple[int, int]]:
+    """Frame (width, height) of the images, size (height, width) of crops, and of the map of positions, pixels."""
+    size, crop = cfg.get('image_size'), cfg.get('crop_size')
+    if isinstance(size, int) and not label_maps:
+        frame = (size * LONGEST[0] // LONGEST[1], size)
+        return frame, (frame[0], frame[0]), (size, size)
+    if not label_maps or not size:
+        return None, (0, 0), (0, 0)
+    frame = (size * LONGEST_SEG[0], size) if isinstance(size, int) else tuple(size)
+    crop = crop or (size if isinstance(size, int) else frame[::-1])
+    crop = (crop, crop) if isinstance(crop, int) else tuple(crop)
+    return frame, crop, crop
 
 
 def _fill_max_iters(cfg: ConfigDict, used: set[str]) -> None:

@@ -21,7 +21,10 @@ def read(load_config, tmp_path_factory):
 
     @functools.cache
     def read(name):
-        keys = dict(data_root=str(folder), train_ann='a.json', val_ann='a.json') if 'folder' in name else {}
+        keys = {}
+        if 'folder' in name:
+            own = dict(classes=['a', 'b', 'c']) if 'upernet' in name else dict(train_ann='a.json', val_ann='a.json')
+            keys = dict(data_root=str(folder), **own)
         return load_config(name, **keys)
 
     return read

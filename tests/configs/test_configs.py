@@ -4,6 +4,7 @@ import resource
 
 import pytest
 import torch
+import yaml
 from config_runs import CONFIGS, NAMES, rates, reduced, train_and_predict
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
@@ -22,6 +23,16 @@ VIM = [name for name in DETECTION if name.startswith('vim/')]
 def test_the_list_is_not_empty():
     assert len(VIM) >= 4 and 'demo/cascade_mask_rcnn_vim_ti_shapes.py' in NAMES
     assert {name.partition('/')[0] for name in NAMES} == {*FAMILIES, 'demo'}
+
+
+@pytest.mark.parametrize('folder', [*FAMILIES, 'demo'])
+def test_metafile_and_notes_list_every_config(folder):
+    names = [name for name in NAMES if name.startswith(f'{folder}/')]
+    listed = yaml.safe_load((CONFIGS / folder / 'metafile.yml').read_text())['Models']
+    assert sorted(model['Config'] for model in listed) == [f'configs/{name}' for name in names]
+    assert all(model['Config'] == f'configs/{folder}/{model["Name"]}.py' for model in listed)
+    notes = (CONFIGS / folder / 'README.md').read_text()
+    assert not [name for name in names if name.rpartition('/')[2] not in notes]
 
 
 @pytest.fixture

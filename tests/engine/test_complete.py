@@ -94,6 +94,61 @@ def test_given_class_names_and_counts(load_config, files):
         load_config(FOLDER, **{**files, 'train_ann': 'gone.json', 'val_ann': 'gone.json'})
 
 
+LABEL_MAPS = ('vim/upernet_vim-ti_folder.py', 'mambavision/upernet_mambavision-t_folder.py')
+
+
+@pytest.mark.parametrize('name', LABEL_MAPS)
+def test_a_folder_of_label_maps_is_described_in_one_place(load_config, name):
+    keys = dict(data_root='d', train_img='i', train_ann='a', val_img='j', val_ann='b', img_suffix='.tif')
+    cfg = load_config(name, **keys, classes=['road', 'sky', 'car'], ignore_index=9, image_size=96, max_iters=70)
+    loaders = (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader)
+    assert [loader.dataset.data_prefix for loader in loaders] == [
+        dict(img_path=img, seg_map_path=ann) for img, ann in ('ia', 'jb', 'jb')
+    ]
+    for loader in loaders:
+        dataset = loader.dataset
+        assert (dataset.data_root, dataset.img_suffix, dataset.seg_map_suffix) == ('d', '.tif', '.png')
+        assert dataset.metainfo.classes == ('road', 'sky', 'car') and not dataset.reduce_zero_label
+    assert counts(cfg.model) == {'.decode_head': 3, '.auxiliary_head': 3}
+    train, test = cfg.train_dataloader.dataset.pipeline, cfg.test_dataloader.dataset.pipeline
+    parts = [cfg.model.decode_head, cfg.model.auxiliary_head, cfg.val_evaluator, cfg.test_evaluator, train[3]]
+    parts += [loader.dataset for loader in loaders]
+    assert {part.ignore_index for part in parts} == {cfg.model.data_preprocessor.seg_pad_val} == {9}
+    assert train[2].scale == test[1].scale == (384, 96)
+    assert train[3].crop_size == cfg.model.data_preprocessor['size'] == (96, 96)
+    assert cfg.model.backbone.get('img_size', (96, 96)) == (96, 96)
+    assert cfg.train_cfg.max_iters == cfg.param_scheduler[-1].end == 70
+    assert (cfg.train_pipeline, cfg.test_pipeline) == (train, test)  # where MMSegmentation's inference_model looks
+    before = cfg.to_dict()
+    complete_config(cfg)
+    assert cfg.to_dict() == before
+
+
+def test_frames_and_crops_of_label_maps(load_config):
+    cfg = load_config(LABEL_MAPS[0], classes='road', image_size=(64, 48), crop_size=(32, 40), test_img='t')
+    assert cfg.test_dataloader.dataset.data_prefix == dict(img_path='t', seg_map_path='annotations/val')
+    train = cfg.train_dataloader.dataset
+    assert train.metainfo.classes == ('road',)
+    assert train.pipeline[2].scale == (64, 48) and train.pipeline[3].crop_size == (32, 40)
+    assert cfg.model.backbone.img_size == cfg.model.data_preprocessor['size'] == (32, 40)
+    cfg = load_config(LABEL_MAPS[0], classes=['road', 'sky'], image_size=(64, 48))
+    assert cfg.train_dataloader.dataset.pipeline[3].crop_size == cfg.model.backbone.img_size == (48, 64)
+
+
+def test_label_maps_need_names_for_their_values(load_config):
+    with pytest.raises(ConfigError, match=r'no class names: .* --cfg-options classes="\[road,sky\]"'):
+        load_config(LABEL_MAPS[0])
+    with pytest.raises(ConfigError, match=r'num_classes=5, but classes names 2 classes \(road, sky\)'):
+        load_config(LABEL_MAPS[0], classes=['road', 'sky'], num_classes=5)
+
+
+def test_classes_that_a_data_set_of_label_maps_has_stay_and_so_do_its_heads(load_config):
+    own = {f'{split}_dataloader.dataset.metainfo': dict(classes=('a', 'b')) for split in ('train', 'val', 'test')}
+    cfg = load_config(LABEL_MAPS[0], classes=['road', 'sky', 'car'], **own, **{'model.decode_head.num_classes': 2})
+    assert cfg.val_dataloader.dataset.metainfo.classes == ('a', 'b')
+    assert counts(cfg.model) == {'.decode_head': 2, '.auxiliary_head': 150}
+
+
 def test_other_configs_are_left_alone(load_config):
     cfg = load_config('vim/cascade_mask_rcnn_vim_ti_coco.py')
     assert cfg.train_dataloader.dataset.data_root == 'data/coco/'

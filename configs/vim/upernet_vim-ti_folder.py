@@ -1,0 +1,10 @@
+# Any folder of images and label maps: name its parts as ../_base_/datasets/label_maps_folder.py says.
+_base_ = [
+    '../_base_/models/upernet_vim.py',
+    '../_base_/datasets/label_maps_folder.py',
+    '../_base_/schedules/adamw_5k.py',
+    '../_base_/segmentation_runtime.py',
+]
+
+model = dict(data_preprocessor=dict(size=None, seg_pad_val=None), backbone=dict(img_size=None))
+auto_scale_lr = dict(base_batch_size=4)
