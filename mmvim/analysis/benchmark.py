@@ -560,7 +560,7 @@ def parser() -> argparse.ArgumentParser:
         'models', nargs='*', default=['vim-tiny', 'deit-tiny'], help='names, or paths of configs (default: %(default)s)'
     )
     add('--resolutions', type=int, nargs='+', default=[224, 512, 640, 738, 1024, 1248], help='sides in pixels')
-    add('--batch-sizes', type=int, nargs='+', default=[1])
+    add('--batch-sizes', type=int, nargs='+', default=[1], help='images in a batch (default: 1)')
     add('--dtype', choices=DTYPES, default='float32', help='float32, or the dtype of autocast')
     add('--no-autocast', action='store_true', help='convert parameters and images to --dtype instead of autocast')
     add('--train', action='store_true', help='time forward and backward passes')

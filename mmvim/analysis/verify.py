@@ -48,7 +48,14 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument('--config', help='fit the weights to the model of this config, not to one made for them')
     result.add_argument('--names', action='store_true', help='list all names, not only the first ones')
     result.add_argument('--no-forward', action='store_true', help='leave the forward pass out')
-    result.add_argument('--cfg-options', nargs='+', action=DictAction, default={}, metavar='KEY=VALUE')
+    result.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        default={},
+        metavar='KEY=VALUE',
+        help='settings that replace those of the config that --config names',
+    )
     result.add_argument('--device', choices=['cpu', 'cuda'], default='cpu', help='where the forward pass runs')
     result.set_defaults(launcher='none', work_dir=None, local_rank=0)
     return result

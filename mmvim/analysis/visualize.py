@@ -53,7 +53,14 @@ def parser() -> argparse.ArgumentParser:
         help="shorter side of the image, pixels; by default the backbone's img_size or the image's",
     )
     result.add_argument('--out-dir', default='pictures', help='folder of the pictures')
-    result.add_argument('--cfg-options', nargs='+', action=DictAction, default={}, metavar='KEY=VALUE')
+    result.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        default={},
+        metavar='KEY=VALUE',
+        help='settings that replace those of the config',
+    )
     result.add_argument('--device', choices=['cpu', 'cuda'], help='where to run; a GPU if there is one by default')
     result.set_defaults(launcher='none', work_dir=None, local_rank=0)
     return result
