@@ -1,5 +1,7 @@
 """VisionMamba beyond the reference arrays: sizes, options, gradients, initialisation, bad arguments."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -205,8 +207,33 @@ def test_no_weight_decay_set():
         (dict(drop_path_rate=1.0), 'drop_path_rate'),
         (dict(frozen_stages=25), 'frozen_stages'),
         (dict(arch=dict(embed_dims=30, depth=2), rotary='both'), 'multiple of 4'),
+        (dict(patch_size=0), 'patch_size must be a whole number of at least 1, got 0'),
+        (dict(patch_stride=-4), 'patch_stride must be a whole number of at least 1, got -4'),
+        (dict(patch_stride=0), 'patch_stride must be a whole number of at least 1, got 0'),
+        (dict(patch_size=16.0), 'patch_size must be a whole number of at least 1, got 16.0'),
+        (dict(in_channels=0), 'in_channels must be a whole number of at least 1'),
+        (dict(interpolate_mode='cubic'), "interpolate_mode must be one of .*'bicubic'.*got 'cubic'"),
+        (dict(interpolate_mode='linear'), 'interpolate_mode must be one of'),
+        (dict(arch=dict(embed_dims=0, depth=2)), 'embed_dims of arch must be a whole number of at least 1, got 0'),
+        (dict(arch=dict(embed_dims=32, depth=-1)), 'depth of arch must be a whole number of at least 0, got -1'),
+        (dict(arch=dict(embed_dims=32, depth=2, d_conv=5)), 'd_conv of arch must be 2 to 4, got 5'),
+        (dict(arch=dict(embed_dims=32, depth=2, d_conv=1)), 'd_conv of arch must be 2 to 4, got 1'),
+        (dict(arch=dict(embed_dims=32, depth=2, d_state=0)), 'd_state of arch must be'),
+        (dict(arch=dict(embed_dims=32, depth=2, expand=0.5)), 'expand of arch must be'),
+        (dict(arch=dict(embed_dims=32, depth=2, dt_rank=-1)), 'dt_rank of arch must be'),
+        (dict(img_size=None), 'img_size is None, .* config that training saved .* model.backbone.img_size'),
+        (dict(img_size=(224,)), r'img_size must be a whole number of at least 1, or height and width, got \(224,\)'),
+        (dict(img_size=0), 'img_size must be'),
     ],
 )
 def test_bad_arguments(kwargs, message):
     with pytest.raises(ValueError, match=message):
         VisionMamba(**kwargs)
+
+
+def test_a_config_for_ones_own_folder_is_explained_by_a_host_that_does_not_complete_it():
+    from mmdet.apis import init_detector
+
+    config = Path(__file__).parent.parent.parent / 'configs' / 'vim' / 'cascade_mask_rcnn_vim_ti_coco_folder.py'
+    with pytest.raises(ValueError, match='use the config that training saved in its work directory'):
+        init_detector(config, device='cpu')

@@ -302,6 +302,15 @@ def test_initialisation():
         (dict(out_indices=(5,), final_norm=True), 'final_norm belongs to the last block'),
         (dict(drop_path_rate=1.0), 'drop_path_rate'),
         (dict(frozen_stages=13), 'frozen_stages'),
+        (dict(patch_size=0), 'patch_size must be a whole number of at least 1, got 0'),
+        (dict(in_channels=-3), 'in_channels must be a whole number of at least 1'),
+        (dict(interpolate_mode='linear'), 'interpolate_mode must be one of'),
+        (dict(arch=dict(embed_dims=0, depth=2, num_heads=1)), 'embed_dims of arch must be'),
+        (dict(arch=dict(embed_dims=32, depth=0, num_heads=1)), 'depth of arch must be a whole number of at least 1'),
+        (dict(arch=dict(embed_dims=32, depth=2, num_heads=0)), 'num_heads of arch must be a whole number of at least'),
+        (dict(arch=dict(embed_dims=32, depth=2, num_heads=1, mlp_ratio=0)), 'mlp_ratio of arch must be'),
+        (dict(img_size=None), 'img_size is None, .* config that training saved .* model.backbone.img_size'),
+        (dict(img_size=(64, 64, 3)), 'img_size must be'),
     ],
 )
 def test_bad_arguments(kwargs, message):

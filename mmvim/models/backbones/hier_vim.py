@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mmvim.checkpoints import load_hier_vim
+from mmvim.models.layers.arguments import check_arch, check_numbers, four_numbers
 from mmvim.models.layers.norm import LayerNorm2d
 from mmvim.models.layers.vim_mixer import DIRECTIONS, VimMixer
 from mmvim.registry import MODELS
@@ -142,8 +143,7 @@ class HierVim(BaseModule):
         ):
             if value not in legal:
                 raise ValueError(f'{name} must be one of {legal}, got {value!r}')
-        if patch_size < 1:
-            raise ValueError(f'patch_size must be at least 1, got {patch_size}')
+        check_numbers(patch_size=patch_size, in_channels=in_channels)
         if not 0 <= drop_path_rate < 1:
             raise ValueError(f'drop_path_rate must be in [0, 1), got {drop_path_rate}')
         if not -1 <= frozen_stages <= NUM_STAGES:
@@ -185,8 +185,8 @@ class HierVim(BaseModule):
                 f'arch must be one of {tuple(self.arch_zoo)} or a dict with {sorted(required)} and optionally '
                 f'{sorted(optional)}, got {arch!r}'
             )
-        if len(arch['depths']) != NUM_STAGES or min(arch['depths']) < 1:
-            raise ValueError(f'depths of arch must be four numbers of at least 1, one per stage, got {arch["depths"]}')
+        check_arch(arch)
+        four_numbers('depths of arch', arch['depths'], 'stage')
         return dict(arch)
 
     def _absolute_indices(self, out_indices: int | Sequence[int] | None) -> tuple[int, ...]:

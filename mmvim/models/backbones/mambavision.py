@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mmvim.checkpoints import load_published_mambavision
+from mmvim.models.layers.arguments import check_arch, check_numbers, four_numbers
 from mmvim.models.layers.mambavision_mixer import CONVS, DT_INITS, MERGES, MambaVisionMixer
 from mmvim.models.layers.norm import LayerNorm2d
 from mmvim.models.layers.transformer import Mlp, SelfAttention
@@ -312,9 +313,8 @@ class MambaVision(BaseModule):
                 raise ValueError(f'{name} must be one of {legal}, got {value!r}')
         if attention not in PLACES and not (type(attention) is int and attention >= 1):
             raise ValueError(f'attention must be one of {PLACES} or a number l >= 1, got {attention!r}')
-        window_sizes = tuple(window_sizes) if isinstance(window_sizes, Sequence) else window_sizes
-        if not isinstance(window_sizes, tuple) or len(window_sizes) != NUM_LEVELS or min(window_sizes) < 1:
-            raise ValueError(f'window_sizes must be four numbers of at least 1, one per level, got {window_sizes}')
+        window_sizes = four_numbers('window_sizes', window_sizes, 'level')
+        check_numbers(in_channels=in_channels)
         if not 0 <= drop_path_rate < 1:
             raise ValueError(f'drop_path_rate must be in [0, 1), got {drop_path_rate}')
         if not -1 <= frozen_stages <= NUM_LEVELS:
@@ -379,9 +379,9 @@ class MambaVision(BaseModule):
                 f'arch must be one of {tuple(self.arch_zoo)} or a dict with {sorted(required)} and optionally '
                 f'{sorted(optional)}, got {arch!r}'
             )
+        check_arch(arch)
         for name in ('depths', 'num_heads'):
-            if len(arch[name]) != NUM_LEVELS or min(arch[name]) < 1:
-                raise ValueError(f'{name} of arch must be four numbers of at least 1, one per level, got {arch[name]}')
+            four_numbers(f'{name} of arch', arch[name], 'level')
         for i, heads in enumerate(arch['num_heads']):
             width = arch['embed_dims'] * 2**i
             if width % heads:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mmvim.checkpoints import load_published_vim
+from mmvim.models.layers.arguments import check_arch, check_interpolation, check_numbers, image_sides
 from mmvim.models.layers.patch_embed import PatchEmbed, PositionCache, lecun_normal_, resize_pos_embed
 from mmvim.models.layers.rotary import RotaryEmbedding2d
 from mmvim.models.layers.vim_mixer import VimMixer
@@ -145,6 +146,9 @@ class VisionMamba(BaseModule):
         settings = self._arch_settings(arch)
         self.embed_dims = settings.pop('embed_dims')
         self.depth = settings.pop('depth')
+        patch_stride = patch_size if patch_stride is None else patch_stride
+        check_numbers(patch_size=patch_size, patch_stride=patch_stride, in_channels=in_channels)
+        check_interpolation(interpolate_mode)
         _choose('out_type', out_type, self.OUT_TYPES)
         _choose('cls_token', cls_token, self.CLS_TOKENS)
         _choose('directions', directions, self.DIRECTIONS)
@@ -169,9 +173,8 @@ class VisionMamba(BaseModule):
         self.out_indices = self._absolute_indices(out_indices)
         self.frozen_stages = frozen_stages
 
-        self.patch_embed = PatchEmbed(in_channels, self.embed_dims, patch_size, patch_stride or patch_size)
-        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
-        self.grid = self.patch_embed.grid_size(height, width)
+        self.patch_embed = PatchEmbed(in_channels, self.embed_dims, patch_size, patch_stride)
+        self.grid = self.patch_embed.grid_size(*image_sides(img_size))
         num_patches = self.grid[0] * self.grid[1]
         for name in self._class_token_names():
             self.register_parameter(name, nn.Parameter(torch.zeros(1, 1, self.embed_dims)))
@@ -208,6 +211,8 @@ class VisionMamba(BaseModule):
                 f'arch must be one of {tuple(self.arch_zoo)} or a dict with embed_dims, depth and optionally '
                 f'{sorted(optional)}, got {arch!r}'
             )
+        check_arch(arch)
+        check_numbers(0, **{'depth of arch': arch['depth']})
         return dict(arch)
 
     def _absolute_indices(self, out_indices: int | Sequence[int]) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mmvim.checkpoints.deit import load_published_deit
+from mmvim.models.layers.arguments import check_arch, check_interpolation, check_numbers, image_sides
 from mmvim.models.layers.patch_embed import PatchEmbed, PositionCache, lecun_normal_, resize_pos_embed
 from mmvim.models.layers.transformer import Mlp, SelfAttention
 from mmvim.models.layers.windows import from_windows, to_windows
@@ -170,6 +171,8 @@ class VisionTransformer(BaseModule):
         for name, value, legal in (('out_type', out_type, self.OUT_TYPES), ('attention', attention, ATTENTIONS)):
             if value not in legal:
                 raise ValueError(f'{name} must be one of {legal}, got {value!r}')
+        check_numbers(patch_size=patch_size, in_channels=in_channels)
+        check_interpolation(interpolate_mode)
         if out_type == 'cls_token' and not with_cls_token:
             raise ValueError(
                 "out_type='cls_token' needs a class token: set with_cls_token=True, or out_type to one of "
@@ -201,8 +204,7 @@ class VisionTransformer(BaseModule):
         self.interpolate_mode = interpolate_mode
 
         self.patch_embed = PatchEmbed(in_channels, self.embed_dims, patch_size, patch_size)
-        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
-        self.grid = self.patch_embed.grid_size(height, width)
+        self.grid = self.patch_embed.grid_size(*image_sides(img_size))
         if with_cls_token:
             self.cls_token = nn.Parameter(torch.zeros(1, 1, self.embed_dims))
         num_tokens = self.grid[0] * self.grid[1] + with_cls_token
@@ -243,6 +245,8 @@ class VisionTransformer(BaseModule):
                 f'arch must be one of {tuple(self.arch_zoo)} or a dict with {sorted(required)} and optionally '
                 f'{sorted(optional)}, got {arch!r}'
             )
+        check_arch(arch)
+        check_numbers(**{'depth of arch': arch['depth'], 'num_heads of arch': arch['num_heads']})
         if arch['embed_dims'] % arch['num_heads']:
             raise ValueError(
                 f'num_heads of arch must divide embed_dims, got {arch["num_heads"]} and {arch["embed_dims"]}'

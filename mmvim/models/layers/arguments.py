@@ -1,0 +1,58 @@
+"""Checks of the arguments that several backbones share; each ends in a ValueError that names the argument."""
+
+from collections.abc import Mapping, Sequence
+
+from ssm_kernels.causal_conv1d import MAX_WIDTH, MIN_WIDTH
+
+INTERPOLATIONS = ('bicubic', 'bilinear', 'nearest', 'nearest-exact', 'area')
+
+
+def check_numbers(lowest: int = 1, **arguments: object) -> None:
+    """Refuse arguments that are no whole numbers of at least ``lowest``."""
+    for name, value in arguments.items():
+        if not _is_number(value, lowest):
+            raise ValueError(f'{name} must be a whole number of at least {lowest}, got {value!r}')
+
+
+def four_numbers(name: str, value: object, part: str) -> tuple[int, ...]:
+    """Four whole numbers of at least 1, one for each part of a hierarchical backbone, as a tuple."""
+    numbers = tuple(value) if isinstance(value, Sequence) else ()
+    if len(numbers) != 4 or not all(_is_number(number) for number in numbers):
+        raise ValueError(f'{name} must be four whole numbers of at least 1, one per {part}, got {value!r}')
+    return numbers
+
+
+def check_arch(arch: Mapping) -> None:
+    """Refuse sizes of an ``arch`` that no layer can have."""
+    for name in ('embed_dims', 'stem_channels', 'd_state', 'expand', 'dt_rank'):
+        if name in arch and not (name == 'dt_rank' and arch[name] is None):
+            check_numbers(**{f'{name} of arch': arch[name]})
+    if 'd_conv' in arch and not (_is_number(arch['d_conv'], MIN_WIDTH) and arch['d_conv'] <= MAX_WIDTH):
+        raise ValueError(f'd_conv of arch must be {MIN_WIDTH} to {MAX_WIDTH}, got {arch["d_conv"]!r}')
+    ratio = arch.get('mlp_ratio', 4)
+    if not isinstance(ratio, int | float) or ratio <= 0:
+        raise ValueError(f'mlp_ratio of arch must be a number above 0, got {ratio!r}')
+
+
+def image_sides(img_size: object) -> tuple[int, int]:
+    """Height and width in pixels of ``img_size``, one whole number or two."""
+    if img_size is None:
+        raise ValueError(
+            "img_size is None, as in configs for a folder of one's own data, where mmvim's tools take it from "
+            'image_size: elsewhere use the config that training saved in its work directory, or set '
+            'model.backbone.img_size'
+        )
+    sides = tuple(img_size) if isinstance(img_size, Sequence) else (img_size, img_size)
+    if len(sides) != 2 or not all(_is_number(side) for side in sides):
+        raise ValueError(f'img_size must be a whole number of at least 1, or height and width, got {img_size!r}')
+    return sides
+
+
+def check_interpolation(mode: object) -> None:
+    """Refuse a mode that torch.nn.functional.interpolate has not for maps."""
+    if mode not in INTERPOLATIONS:
+        raise ValueError(f'interpolate_mode must be one of {INTERPOLATIONS}, got {mode!r}')
+
+
+def _is_number(value: object, lowest: int = 1) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= lowest
