@@ -1,0 +1,114 @@
+"""A trained model on images of one's own, by the inferencers of the hosts, from the config in the work directory."""
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from mmvim import cli
+
+CONFIGS = Path(__file__).parents[2] / 'configs'
+SEGMENTOR = """
+_base_ = '{configs}/vim/upernet_vim-ti_folder.py'
+
+width = 16
+model = dict(
+    backbone=dict(arch=dict(_delete_=True, embed_dims=width, depth=4), out_indices=(0, 1, 2, 3)),
+    neck=dict(embed_dim=width),
+    decode_head=dict(in_channels=[width] * 4, channels=width),
+    auxiliary_head=dict(in_channels=width, channels=width),
+)
+loader = dict(num_workers=0, persistent_workers=False)
+train_dataloader = dict(loader, batch_size=2)
+val_dataloader = test_dataloader = loader
+"""
+CLASSIFIER = """
+_base_ = '{configs}/vim/vim-ti_8xb128_in1k.py'
+
+model = dict(
+    backbone=dict(arch=dict(_delete_=True, embed_dims=16, depth=2), img_size=(48, 32)),
+    head=dict(in_channels=16, num_classes=2),
+    train_cfg=None,
+)
+pipeline = [dict(type='LoadImageFromFile'), dict(type='CenterCrop', crop_size=(32, 48)), dict(type='PackInputs')]
+train_dataloader = test_dataloader = dict(
+    _delete_=True,
+    batch_size=2,
+    num_workers=0,
+    sampler=dict(type='DefaultSampler', shuffle=False),
+    dataset=dict(type='CustomDataset', data_root='photos', pipeline=pipeline),
+)
+train_cfg = dict(max_epochs=1)
+val_cfg = val_dataloader = val_evaluator = None
+test_evaluator = dict(topk=1)
+custom_hooks = param_scheduler = []
+"""
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def draw(path, values, size=(61, 47)):
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cv2.imwrite(str(path), np.random.default_rng(0).integers(0, values, size).astype(np.uint8))
+
+
+def train(text, *options):
+    """Train the config; what it resolves to and the checkpoint are then in work/."""
+    Path('c.py').write_text(text.format(configs=CONFIGS))
+    arguments = ['c.py', '--work-dir', 'work', '--cfg-options', 'default_hooks.logger.interval=1', *options]
+    cli.run(cli.train, cli.train_parser().parse_args(arguments))
+
+
+def test_a_detector(trained, monkeypatch):
+    from mmdet.apis import DetInferencer
+
+    monkeypatch.chdir(trained[0])
+    inferencer = DetInferencer('work/tiny.py', 'work/iter_4.pth', device='cpu')
+    draw('photos/mine.png', 256, (61, 47, 3))
+    (found,) = inferencer('photos/mine.png', out_dir='found', pred_score_thr=0)['predictions']
+    assert len(found['bboxes']) == len(found['scores']) == len(found['masks']) == len(found['labels']) == 10
+    boxes = np.array(found['bboxes'])
+    assert (boxes >= 0).all() and (boxes <= [47, 61, 47, 61]).all()
+    assert [mask['size'] for mask in found['masks']] == [[61, 47]] * 10
+    assert inferencer.visualizer.dataset_meta['classes'] == ('circle', 'rectangle', 'triangle', 'star')
+    drawn = cv2.imread('found/vis/mine.png').shape
+    assert drawn[0] // 61 == drawn[1] // 47 >= 1  # small images are enlarged
+
+
+def test_a_segmentor_of_a_folder_of_label_maps(here):
+    from mmseg.apis import MMSegInferencer, inference_model, init_model
+
+    for split in ('train', 'val'):
+        for i in range(2):
+            draw(f'data/images/{split}/{i}.png', 256, (61, 47, 3))
+            draw(f'data/annotations/{split}/{i}.png', 3)
+    train(SEGMENTOR, 'data_root=data', 'img_suffix=.png', 'classes=[a,b,c]', 'image_size=64', 'max_iters=1')
+
+    inferencer = MMSegInferencer('work/c.py', 'work/iter_1.pth', device='cpu')
+    labels = inferencer('data/images/val/0.png', out_dir='found')['predictions']
+    assert labels.shape == (61, 47) and set(np.unique(labels)) <= {0, 1, 2}
+    assert cv2.imread('found/vis/0.png').shape == (61, 47, 3)
+    assert list(inferencer.visualizer.dataset_meta['classes']) == ['a', 'b', 'c']
+    (map_file,) = Path('found/pred').iterdir()
+    assert (cv2.imread(str(map_file), cv2.IMREAD_UNCHANGED) == labels).all()
+
+    model = init_model('work/c.py', 'work/iter_1.pth', device='cpu')
+    again = inference_model(model, 'data/images/val/0.png')
+    assert (again.pred_sem_seg.data[0].numpy() == labels).all()
+
+
+def test_a_classifier(here):
+    from mmpretrain import ImageClassificationInferencer
+
+    for name in 'ab':
+        for i in range(2):
+            draw(f'photos/{name}/{i}.png', 256, (61, 47, 3))
+    train(CLASSIFIER)
+    (found,) = ImageClassificationInferencer('work/c.py', 'work/epoch_1.pth', device='cpu')('photos/a/0.png')
+    assert found['pred_scores'].shape == (2,) and found['pred_scores'].sum() == pytest.approx(1)
+    assert found['pred_class'] == 'ab'[found['pred_label']]
