@@ -12,7 +12,8 @@ from torch import nn
 
 import mmvim.checkpoints  # noqa: F401  (reads checkpoints without running code from them)
 from mmvim.engine.complete import check_data_root, complete_config, dataset_of
-from mmvim.errors import ConfigError
+from mmvim.engine.empty_data import NUMPY_MESSAGE, explain_empty
+from mmvim.errors import ConfigError, DataError
 from mmvim.registry import RUNNERS
 
 CHECKS = ('ClassCountHook', 'LabelMapHook', 'CheckpointFitHook')
@@ -66,11 +67,17 @@ class Runner(_Runner):
         """Build a data loader.
 
         Raises:
-            DataError: if the folder of its data set does not exist.
+            DataError: if the folder of its data set does not exist, or the data set is empty.
         """
-        if isinstance(dataloader, dict):
-            check_data_root(dataset_of(dataloader))
-        return _Runner.build_dataloader(dataloader, *args, **kwargs)
+        if not isinstance(dataloader, dict):
+            return _Runner.build_dataloader(dataloader, *args, **kwargs)
+        check_data_root(dataset_of(dataloader))
+        try:
+            return _Runner.build_dataloader(dataloader, *args, **kwargs)
+        except ValueError as error:
+            if NUMPY_MESSAGE in str(error) and isinstance(dataloader.get('dataset'), dict):
+                raise DataError(explain_empty(dataloader['dataset'])) from None
+            raise
 
     def test(self) -> dict:
         """Test; returns the metrics by name."""

@@ -1,0 +1,75 @@
+"""Why a data set has no images, in words."""
+
+import inspect
+import os
+from collections import Counter
+from collections.abc import Iterator
+
+from mmengine.registry import DATASETS
+
+NUMPY_MESSAGE = 'need at least one array to concatenate'  # all that mmengine's BaseDataset says of an empty one
+
+
+def explain_empty(dataset: dict) -> str:
+    """One line that names the folder, the suffix and the files there, or the annotation file, and the remedy.
+
+    Args:
+        dataset: config of the data set, which may hold others, that ended in `NUMPY_MESSAGE`.
+    """
+    found = [_explain_folder(part) for part in parts(dataset) if not part.get('ann_file')]
+    known = [message for message in found if message]
+    if known:
+        return known[0]
+    named = ', '.join(
+        f'{_kind(part)} of {part.get("ann_file") or part.get("data_prefix") or part.get("data_root")!r}'
+        for part in parts(dataset)
+    )
+    return (
+        f'no image is left in a data set ({named}): check ann_file, data_prefix, the class names in metainfo, and '
+        'filter_cfg, which may leave out all images'
+    )
+
+
+def parts(dataset: dict) -> Iterator[dict]:
+    """Configs of the data sets without those that only join or repeat others."""
+    inner = dataset.get('datasets') or ([dataset['dataset']] if isinstance(dataset.get('dataset'), dict) else [])
+    if not inner:
+        yield dataset
+    for part in inner:
+        yield from parts(part)
+
+
+def _explain_folder(dataset: dict) -> str | None:
+    """What is wrong with a folder that MMSegmentation searches for images; None if it is none, or nothing is."""
+    suffix = dataset.get('img_suffix') or _default(dataset.get('type'), 'img_suffix')
+    folder = os.path.join(dataset.get('data_root') or '', (dataset.get('data_prefix') or {}).get('img_path') or '')
+    if suffix is None or not os.path.isdir(folder):
+        return None
+    files = [name for _, _, names in os.walk(folder) for name in names]
+    if any(name.endswith(suffix) for name in files):
+        return None
+    if not files:
+        return f"image folder '{folder}' of {_kind(dataset)} holds no files: name another one in data_prefix.img_path"
+    kinds = Counter(os.path.splitext(name)[1] or name for name in files).most_common(3)
+    shown = ', '.join(f"{count} '{kind}'" for kind, count in kinds)
+    return (
+        f"image folder '{folder}' of {_kind(dataset)} holds {len(files)} files ({shown}), none of which ends in "
+        f'img_suffix={suffix!r}: set img_suffix, and seg_map_suffix for the label maps, or name another folder in '
+        'data_prefix.img_path'
+    )
+
+
+def _default(kind: object, argument: str) -> object:
+    """Default of an argument of a class or of those that it hands arguments on to; None if there is none."""
+    with DATASETS.switch_scope_and_registry(None) as registry:  # the host's, by its default scope
+        known = registry.get(kind) if isinstance(kind, str) else kind
+    for cls in getattr(known, '__mro__', ()):
+        parameter = inspect.signature(cls.__init__).parameters.get(argument)
+        if parameter is not None and parameter.default is not parameter.empty:
+            return parameter.default
+    return None
+
+
+def _kind(dataset: dict) -> str:
+    kind = dataset.get('type')
+    return kind.split('.')[-1] if isinstance(kind, str) else getattr(kind, '__name__', str(kind))
