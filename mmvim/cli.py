@@ -270,7 +270,7 @@ def test(args: argparse.Namespace) -> None:
         raise ConfigError('no checkpoint given: name a .pth file or a work directory; only --profile goes without')
     scope = cfg.get('default_scope')
     if args.out and scope == 'mmseg':
-        cfg.test_evaluator.update(output_dir=args.out, keep_results=True)
+        write_label_maps(cfg, args.out)
     elif args.out and not args.out.endswith(('.pkl', '.pickle')):
         raise ConfigError(f"--out '{args.out}': predictions go to a file that ends in .pkl")
     if args.show or args.show_dir:
@@ -285,6 +285,18 @@ def test(args: argparse.Namespace) -> None:
         print(f'predictions are in {args.out}')
     if args.show_dir:
         print(f'pictures are in {_picture_folder(args.show_dir, runner, scope)}')
+
+
+def write_label_maps(cfg: Config, folder: str) -> None:
+    """Let a metric of the evaluator, which may be one, a list, or a dict that holds them, write predictions."""
+    evaluator = cfg.test_evaluator
+    metrics = evaluator.get('metrics', evaluator) if isinstance(evaluator, dict) else evaluator
+    metrics = [metrics] if isinstance(metrics, dict) else metrics
+    kinds = ('IoUMetric', 'CityscapesMetric')
+    writer = next((metric for metric in metrics if str(metric.get('type')).split('.')[-1] in kinds), None)
+    if writer is None:
+        raise ConfigError(f'--out: test_evaluator has no metric that writes label maps: add one of {kinds}')
+    writer.update(output_dir=folder, keep_results=True)
 
 
 def find_checkpoint(path: str) -> str:

@@ -5,8 +5,12 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
 
 from mmvim import cli
+from mmvim.engine.runner import Runner
+from mmvim.errors import ConfigError
 
 CONFIGS = Path(__file__).parents[2] / 'configs'
 CONFIG = """
@@ -132,6 +136,28 @@ def test_validation_and_tests_refuse_a_value_that_the_metric_would_pass_over(fol
     assert expected.format('test_evaluator') in error(test, '--tta')
     test('--cfg-options', 'test_evaluator.format_only=True', 'test_evaluator.output_dir=maps')
     assert sorted(path.name for path in (folder / 'maps').iterdir()) == ['0.png', '1.png']
+
+
+@pytest.mark.parametrize(
+    'evaluator',
+    [
+        dict(type='IoUMetric'),
+        [dict(type='DepthMetric'), dict(type='mmseg.IoUMetric')],
+        dict(type='Evaluator', metrics=[dict(type='IoUMetric')]),
+        dict(metrics=dict(type='IoUMetric')),
+    ],
+)
+def test_predictions_are_written_in_every_form_of_an_evaluator(tmp_path, evaluator):
+    init_default_scope('mmseg')
+    cfg = Config(dict(test_evaluator=evaluator))
+    cli.write_label_maps(cfg, str(tmp_path / 'out'))
+    *_, metric = Runner.build_evaluator(None, cfg.test_evaluator).metrics
+    assert metric.output_dir == str(tmp_path / 'out') and (tmp_path / 'out').is_dir()
+
+
+def test_predictions_need_a_metric_that_writes_them(tmp_path):
+    with pytest.raises(ConfigError, match="has no metric that writes label maps: add one of .*'IoUMetric'"):
+        cli.write_label_maps(Config(dict(test_evaluator=[dict(type='DepthMetric')])), 'out')
 
 
 def test_a_batch_of_two_sizes_is_padded_in_training_and_refused_in_validation(folder, error):
