@@ -1,4 +1,4 @@
-# From random weights on 100 street scenes, with heads small enough for a CPU; data and schedule are MambaVision's.
+# From random weights on 100 street scenes, with heads small enough for a CPU; data and heads are MambaVision's.
 _base_ = '../mambavision/upernet_mambavision-t_camvid-240x180.py'
 
 embed_dims = 192
@@ -16,3 +16,10 @@ model = dict(
     decode_head=dict(in_channels=[embed_dims] * 4),
     auxiliary_head=dict(in_channels=embed_dims),
 )
+
+max_iters = 900
+optim_wrapper = dict(optimizer=dict(lr=1e-3))
+param_scheduler = [
+    dict(type='LinearLR', start_factor=0.01, by_epoch=False, end=100),
+    dict(type='PolyLR', by_epoch=False),
+]
