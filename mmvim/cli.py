@@ -325,21 +325,21 @@ def _draw(cfg: Config, args: argparse.Namespace, scope: str | None) -> None:
     if scope == 'mmpretrain':
         hook.update(enable=True, interval=1)
         if args.show_dir:
-            hook.out_dir = args.show_dir
+            hook.out_dir = os.path.join(cfg.work_dir, args.show_dir)
         return
     hook.draw = True
     if args.show_dir and scope == 'mmseg':
         hook.interval = 1
-        cfg.visualizer.save_dir = args.show_dir
+        cfg.visualizer.save_dir = os.path.join(cfg.work_dir, args.show_dir)
     elif args.show_dir:
         hook.test_out_dir = args.show_dir
 
 
 def _picture_folder(show_dir: str, runner: Runner, scope: str | None) -> str:
     if scope == 'mmpretrain':
-        return show_dir
+        return os.path.join(runner.work_dir, show_dir)
     if scope == 'mmseg':
-        return os.path.join(show_dir, runner.timestamp, 'vis_data')
+        return os.path.join(runner.work_dir, show_dir, 'vis_data', 'vis_image')
     return os.path.join(runner.work_dir, runner.timestamp, show_dir)
 
 

@@ -51,6 +51,17 @@ def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+def pictures_of_a_test(run_tool):
+    """Pictures that tools/test.py says it drew with the checkpoint in work/."""
+    (checkpoint,) = Path('work').glob('*.pth')
+    arguments = ('--work-dir', 'work', '--show-dir', 'pictures')
+    finished = run_tool('test', 'work/c.py', checkpoint, *arguments, cwd=Path.cwd())
+    assert finished.returncode == 0, finished.stderr
+    folder = Path(finished.stdout.split('pictures are in ')[-1].strip())
+    assert folder.is_relative_to(Path('work').resolve())
+    return sorted(folder.iterdir())
+
+
 def draw(path, values, size=(61, 47)):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -80,7 +91,7 @@ def test_a_detector(trained, monkeypatch):
     assert drawn[0] // 61 == drawn[1] // 47 >= 1  # small images are enlarged
 
 
-def test_a_segmentor_of_a_folder_of_label_maps(here):
+def test_a_segmentor_of_a_folder_of_label_maps(here, run_tool):
     from mmseg.apis import MMSegInferencer, inference_model, init_model
 
     for split in ('train', 'val'):
@@ -100,15 +111,17 @@ def test_a_segmentor_of_a_folder_of_label_maps(here):
     model = init_model('work/c.py', 'work/iter_1.pth', device='cpu')
     again = inference_model(model, 'data/images/val/0.png')
     assert (again.pred_sem_seg.data[0].numpy() == labels).all()
+    assert len(pictures_of_a_test(run_tool)) == 2
 
 
-def test_a_classifier(here):
+def test_a_classifier(here, run_tool):
     from mmpretrain import ImageClassificationInferencer
 
     for name in 'ab':
         for i in range(2):
-            draw(f'photos/{name}/{i}.png', 256, (61, 47, 3))
+            draw(f'photos/{name}/{name}{i}.png', 256, (61, 47, 3))
     train(CLASSIFIER)
-    (found,) = ImageClassificationInferencer('work/c.py', 'work/epoch_1.pth', device='cpu')('photos/a/0.png')
+    (found,) = ImageClassificationInferencer('work/c.py', 'work/epoch_1.pth', device='cpu')('photos/a/a0.png')
     assert found['pred_scores'].shape == (2,) and found['pred_scores'].sum() == pytest.approx(1)
     assert found['pred_class'] == 'ab'[found['pred_label']]
+    assert len(pictures_of_a_test(run_tool)) == 4
