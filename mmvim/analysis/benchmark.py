@@ -404,12 +404,16 @@ class Sweep:
         return float(done.stdout.split()[-1])
 
     def memory_here(self) -> float:
-        """MiB by which a call raises this process's resident set, at its peak, over that after a call at 224 px."""
+        """MiB by which a call raises this process's resident set, at its peak, over that after a call at 224 px.
+
+        Model and image are there before, so that it is the call's own memory.
+        """
         (cell,), (label,) = self.cells, self.models
         self._call(cell, label, WARM_UP_SIZE)()
+        call = self._call(cell, label)
         gc.collect()
         before = forget_peak()
-        self._call(cell, label)()
+        call()
         return peak_rss_mib() - before
 
     def _write(self) -> None:
@@ -447,20 +451,22 @@ def draw(rows: list[dict], folder: Path, baseline: str) -> None:
         ('speed', 'images_per_second', 'images per second'),
         ('memory', 'memory_mib', 'memory, MiB'),
     ):
-        lines: dict[str, list[tuple[int, float]]] = {}
+        lines: dict[tuple[str, str], list[tuple[int, float]]] = {}
+        colors = {model: f'C{i}' for i, model in enumerate(dict.fromkeys(row['model'] for row in rows))}
         batches = {row['batch_size'] for row in rows}
         for row in rows:
             if row.get(value) and row[value] > 0:
                 label = row['model'] + (' + FPN' if row['fpn'] else '')
                 label += f', batch {row["batch_size"]}' if len(batches) > 1 else ''
-                lines.setdefault(label, []).append((row['resolution'], row[value]))
+                lines.setdefault((row['model'], label), []).append((row['resolution'], row[value]))
         if not lines:
             continue
         figure = Figure(figsize=(7, 4.5), layout='constrained')
         axes = figure.add_subplot()
-        for label, points in lines.items():
+        for (model, label), points in lines.items():
             points.sort()
-            axes.plot(*zip(*points, strict=True), marker='o', linestyle='--' if 'FPN' in label else '-', label=label)
+            style = dict(color=colors[model], marker='o', linestyle='--' if '+ FPN' in label else '-')
+            axes.plot(*zip(*points, strict=True), **style, label=label)
         axes.set_yscale('log')
         axes.set_xlabel('side of the image, pixels')
         axes.set_ylabel(title)
