@@ -69,14 +69,15 @@ class Runner(_Runner):
         Raises:
             DataError: if the folder of its data set does not exist, or the data set is empty.
         """
-        if not isinstance(dataloader, dict):
+        dataset = dataloader.get('dataset') if isinstance(dataloader, dict) else None
+        if not isinstance(dataset, dict):  # built already
             return _Runner.build_dataloader(dataloader, *args, **kwargs)
         check_data_root(dataset_of(dataloader))
         try:
             return _Runner.build_dataloader(dataloader, *args, **kwargs)
         except ValueError as error:
-            if NUMPY_MESSAGE in str(error) and isinstance(dataloader.get('dataset'), dict):
-                raise DataError(explain_empty(dataloader['dataset'])) from None
+            if NUMPY_MESSAGE in str(error):
+                raise DataError(explain_empty(dataset)) from None
             raise
 
     def test(self) -> dict:
