@@ -38,7 +38,8 @@ def test_checkpoints_know_their_classes_and_positions(trained):
     assert checkpoint['meta']['iter'] == 4
 
 
-def test_a_resumed_run_goes_on_exactly(run_tool, trained, tmp_path):
+def test_a_resumed_run_goes_on_at_its_iteration_and_learning_rate(run_tool, trained, tmp_path):
+    """Its boxes are sampled at random; a run without chance is in tests/engine/test_resume.py, weights and all."""
     folder, _ = trained
     (tmp_path / 'work').mkdir()
     shutil.copy(folder / 'work' / 'iter_2.pth', tmp_path / 'work')
@@ -49,6 +50,8 @@ def test_a_resumed_run_goes_on_exactly(run_tool, trained, tmp_path):
     first = torch.load(folder / 'work' / 'iter_4.pth', weights_only=False)
     second = torch.load(tmp_path / 'work' / 'iter_4.pth', weights_only=False)
     assert first['optimizer']['param_groups'][0]['lr'] == second['optimizer']['param_groups'][0]['lr']
+    assert first['param_schedulers'] == second['param_schedulers']
+    assert {state['step'].item() for state in second['optimizer']['state'].values()} == {4}
     assert first['state_dict'].keys() == second['state_dict'].keys()
     start = torch.load(folder / 'work' / 'iter_2.pth', weights_only=False)['state_dict']
     name = 'backbone.layers.0.mixer.in_proj.weight'
