@@ -330,6 +330,7 @@ class Sweep:
             if not self.args.no_memory:
                 memory = self._memory(cell, label)
                 row['memory_mib'] = memory
+                row['memory_above_px'] = 0 if self.device.type == 'cuda' else WARM_UP_SIZE
                 if memory is None:
                     row['error'] = row['error'] or 'out of memory'
             yield row
@@ -444,7 +445,10 @@ def add_ratios(rows: list[dict], baseline: str) -> list[dict]:
 
 
 def draw(rows: list[dict], folder: Path, baseline: str) -> None:
-    """Two plots against the resolution, speed and memory, both on a logarithmic axis, as PNG and SVG."""
+    """Two plots against the resolution, speed and memory, both on a logarithmic axis, as PNG and SVG.
+
+    Memory that was measured above that of a pass at some size is drawn for larger sizes alone.
+    """
     from matplotlib.figure import Figure
 
     for name, value, title in (
@@ -455,7 +459,11 @@ def draw(rows: list[dict], folder: Path, baseline: str) -> None:
         colors = {model: f'C{i}' for i, model in enumerate(dict.fromkeys(row['model'] for row in rows))}
         batches = {row['batch_size'] for row in rows}
         for row in rows:
-            if row.get(value) and row[value] > 0:
+            if (
+                row.get(value)
+                and row[value] > 0
+                and (name != 'memory' or row['resolution'] > row.get('memory_above_px', 0))
+            ):
                 label = row['model'] + (' + FPN' if row['fpn'] else '')
                 label += f', batch {row["batch_size"]}' if len(batches) > 1 else ''
                 lines.setdefault((row['model'], label), []).append((row['resolution'], row[value]))
