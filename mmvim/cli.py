@@ -25,7 +25,8 @@ RUNNER_KEYS = (set(inspect.signature(Runner.__init__).parameters) - {'self', 'cf
 }  # fmt: skip
 COMPLETED_KEYS = {
     'data_root', 'train_ann', 'val_ann', 'test_ann', 'train_img', 'val_img', 'test_img', 'skip_bad_images', 'classes',
-    'num_classes', 'image_size', 'max_iters',
+    'num_classes', 'image_size', 'max_iters', 'ignore_index', 'reduce_zero_label', 'img_suffix', 'seg_map_suffix',
+    'crop_size',
 }  # fmt: skip
 DEBUG = 'MMVIM_TRACEBACK'
 
