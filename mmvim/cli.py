@@ -34,20 +34,21 @@ DEBUG = 'MMVIM_TRACEBACK'
 # ---- arguments
 
 
+def add_cfg_options(parser: argparse.ArgumentParser, text: str) -> None:
+    """Give a parser the hosts' --cfg-options, with this help text."""
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={}, metavar='KEY=VALUE', help=text)
+
+
 def _parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=description, epilog=f'Errors in the input are told in one line; set {DEBUG}=1 for the stack trace.'
     )
     parser.add_argument('config', help='config file, also one of mmvim such as vim/cascade_mask_rcnn_vim_ti_coco.py')
     parser.add_argument('--work-dir', help='folder of logs and checkpoints; work_dirs/CONFIG if not given')
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        default={},
-        metavar='KEY=VALUE',
-        help='settings that replace those of the config, such as optim_wrapper.optimizer.lr=1e-4; lists as '
-        'key="[a,b]" without blanks',
+    add_cfg_options(
+        parser,
+        'settings that replace those of the config, such as optim_wrapper.optimizer.lr=1e-4; lists as key="[a,b]" '
+        'without blanks',
     )
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none', help='job launcher')
     parser.add_argument('--device', choices=['cpu', 'cuda'], help='where to run; a GPU if there is one by default')

@@ -20,6 +20,7 @@ import torch
 from mmengine.utils import ProgressBar
 from torch import Tensor, nn
 
+from mmvim.compat.lookup import HOSTS
 from mmvim.errors import ConfigError, InputError
 
 WARM_UP_SIZE = 224  # pixels of the pass whose memory counts as the process's own
@@ -53,7 +54,7 @@ def _is_registered(name: str) -> bool:
         except ImportError as error:
             raise ConfigError(f'{name}: timm is not installed (pip install timm)') from error
         return timm.is_model(kind)
-    if scope not in ('mmdet', 'mmseg', 'mmpretrain', 'mmvim'):
+    if scope not in (*HOSTS, 'mmvim'):
         return False
     from mmengine.registry import MODELS
 

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 from mmengine.analysis import FlopAnalyzer
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -349,7 +349,7 @@ def _second_stage(model: nn.Module, image: Tensor) -> tuple[int, int]:
 
 def parser() -> argparse.ArgumentParser:
     """Arguments of tools/get_flops.py."""
-    from mmvim.cli import DEBUG
+    from mmvim.cli import DEBUG, add_cfg_options
 
     parser = argparse.ArgumentParser(
         description='Parameters and floating-point operations of a detector, segmentor or classifier. Nothing is '
@@ -367,14 +367,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add('--sizes', type=int, nargs='+', metavar='SIDE', help='show also how the cost grows over these square images')
     add('--json', metavar='FILE', help='write everything to this file too')
-    add(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        default={},
-        metavar='KEY=VALUE',
-        help='settings that replace those of the config, such as model.backbone.arch=small',
-    )
+    add_cfg_options(parser, 'settings that replace those of the config, such as model.backbone.arch=small')
     parser.set_defaults(device=None, work_dir=os.devnull, launcher='none')
     return parser
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
 
@@ -18,7 +18,7 @@ from mmvim.analysis.weights import backbone_weights
 from mmvim.checkpoints.fitting import Conversion, LoadReport, abridge, compare
 from mmvim.checkpoints.identify import LONG_SEQUENCE, Identity, identify
 from mmvim.checkpoints.reading import WEIGHT_KEYS, find_state_dict, read_checkpoint
-from mmvim.cli import DEBUG, load_config
+from mmvim.cli import DEBUG, add_cfg_options, load_config
 from mmvim.engine.complete import complete_config
 from mmvim.errors import CheckpointError, ConfigError
 
@@ -48,14 +48,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument('--config', help='fit the weights to the model of this config, not to one made for them')
     result.add_argument('--names', action='store_true', help='list all names, not only the first ones')
     result.add_argument('--no-forward', action='store_true', help='leave the forward pass out')
-    result.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        default={},
-        metavar='KEY=VALUE',
-        help='settings that replace those of the config that --config names',
-    )
+    add_cfg_options(result, 'settings that replace those of the config that --config names')
     result.add_argument('--device', choices=['cpu', 'cuda'], default='cpu', help='where the forward pass runs')
     result.set_defaults(launcher='none', work_dir=None, local_rank=0)
     return result

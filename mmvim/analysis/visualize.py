@@ -7,7 +7,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
 
@@ -15,7 +15,7 @@ from mmvim.analysis.pictures import CHANNELS, draw_features, draw_receptive_fiel
 from mmvim.analysis.tracing import Block, receptive_field, trace
 from mmvim.analysis.weights import backbone_weights
 from mmvim.checkpoints.reading import load_from_local
-from mmvim.cli import DEBUG, find_checkpoint, load_config
+from mmvim.cli import DEBUG, add_cfg_options, find_checkpoint, load_config
 from mmvim.engine.complete import complete_config
 from mmvim.errors import ConfigError, DataError
 
@@ -53,14 +53,7 @@ def parser() -> argparse.ArgumentParser:
         help="shorter side of the image, pixels; by default the backbone's img_size or the image's",
     )
     result.add_argument('--out-dir', default='pictures', help='folder of the pictures')
-    result.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        default={},
-        metavar='KEY=VALUE',
-        help='settings that replace those of the config',
-    )
+    add_cfg_options(result, 'settings that replace those of the config')
     result.add_argument('--device', choices=['cpu', 'cuda'], help='where to run; a GPU if there is one by default')
     result.set_defaults(launcher='none', work_dir=None, local_rank=0)
     return result
