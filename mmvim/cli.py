@@ -10,6 +10,7 @@ from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 
+import torch
 from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner, find_latest_checkpoint
@@ -17,6 +18,7 @@ from mmengine.runner import Runner, find_latest_checkpoint
 import mmvim
 from mmvim.compat import explain_transformers
 from mmvim.engine.complete import complete_config
+from mmvim.engine.memory import keep_freed_memory
 from mmvim.errors import ConfigError, InputError
 
 RUNNER_KEYS = (set(inspect.signature(Runner.__init__).parameters) - {'self', 'cfg'}) | {
@@ -390,11 +392,10 @@ def run(tool: Callable[[argparse.Namespace], None], args: argparse.Namespace) ->
     """Run a tool; end with status 1 and one line if the input is at fault, 130 if it was interrupted."""
     os.environ.setdefault('LOCAL_RANK', str(getattr(args, 'local_rank', 0)))
     try:
-        if args.device == 'cuda':
-            import torch
-
-            if not torch.cuda.is_available():
-                raise ConfigError('--device cuda: torch sees no GPU here; use --device cpu, or install torch for CUDA')
+        if args.device == 'cuda' and not torch.cuda.is_available():
+            raise ConfigError('--device cuda: torch sees no GPU here; use --device cpu, or install torch for CUDA')
+        if args.device == 'cpu' or not torch.cuda.is_available():
+            keep_freed_memory()
         tool(args)
     except KeyboardInterrupt:
         print('\ninterrupted; go on from the last checkpoint with --resume', file=sys.stderr)

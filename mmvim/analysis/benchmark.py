@@ -21,6 +21,7 @@ from mmengine.utils import ProgressBar
 from torch import Tensor, nn
 
 from mmvim.compat.lookup import HOSTS
+from mmvim.engine.memory import keep_freed_memory, return_freed_memory
 from mmvim.errors import ConfigError, InputError
 
 WARM_UP_SIZE = 224  # pixels of the pass whose memory counts as the process's own
@@ -414,6 +415,7 @@ class Sweep:
         self._call(cell, label, WARM_UP_SIZE)()
         call = self._call(cell, label)
         gc.collect()
+        return_freed_memory()
         before = forget_peak()
         call()
         return peak_rss_mib() - before
@@ -619,4 +621,5 @@ def main(args: argparse.Namespace) -> None:
 if __name__ == '__main__':  # the process whose memory a sweep measures
     arguments = parser().parse_args()
     arguments.out = os.devnull
+    keep_freed_memory()
     print(Sweep(arguments).memory_here())

@@ -3,6 +3,7 @@
 from mmvim.engine.amp import AmpOptimWrapper
 from mmvim.engine.hooks import CheckpointFitHook, ClassCountHook, LabelMapHook
 from mmvim.engine.layer_decay import LayerDecayOptimWrapperConstructor
+from mmvim.engine.memory import keep_freed_memory
 from mmvim.engine.runner import Runner
 from mmvim.engine.time_split import TimeSplitHook
 
@@ -14,4 +15,5 @@ __all__ = [
     'LayerDecayOptimWrapperConstructor',
     'Runner',
     'TimeSplitHook',
+    'keep_freed_memory',
 ]
