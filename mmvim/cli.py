@@ -17,6 +17,7 @@ from mmengine.runner import Runner, find_latest_checkpoint
 
 import mmvim
 from mmvim.compat import explain_transformers
+from mmvim.compat.types import kind_of
 from mmvim.engine.complete import complete_config
 from mmvim.engine.memory import keep_freed_memory
 from mmvim.errors import ConfigError, InputError
@@ -248,7 +249,7 @@ def train(args: argparse.Namespace) -> None:
 
 def _use_amp(cfg: Config, dtype: str) -> None:
     wrapper = cfg.optim_wrapper
-    if wrapper.get('type', 'OptimWrapper').split('.')[-1] not in ('OptimWrapper', 'AmpOptimWrapper'):
+    if kind_of(wrapper) not in ('', 'OptimWrapper', 'AmpOptimWrapper'):
         raise ConfigError(f'--amp cannot be combined with optim_wrapper.type={wrapper.type!r}: set its own precision')
     wrapper.update(type='mmvim.AmpOptimWrapper', dtype=dtype)
     if dtype == 'bfloat16':
@@ -297,7 +298,7 @@ def write_label_maps(cfg: Config, folder: str) -> None:
     metrics = evaluator.get('metrics', evaluator) if isinstance(evaluator, dict) else evaluator
     metrics = [metrics] if isinstance(metrics, dict) else metrics
     kinds = ('IoUMetric', 'CityscapesMetric')
-    writer = next((metric for metric in metrics if str(metric.get('type')).split('.')[-1] in kinds), None)
+    writer = next((metric for metric in metrics if kind_of(metric) in kinds), None)
     if writer is None:
         raise ConfigError(f'--out: test_evaluator has no metric that writes label maps: add one of {kinds}')
     writer.update(output_dir=folder, keep_results=True)
@@ -377,7 +378,7 @@ def _use_tta(cfg: Config, scope: str | None) -> None:
 def _flip_pipeline(pipeline: list[dict]) -> list[dict]:
     """A test pipeline that gives each image as it is and flipped; ground truth and padding come after the flip."""
     pipeline = deepcopy(list(pipeline))
-    kinds = [str(step['type']).split('.')[-1] for step in pipeline]
+    kinds = [kind_of(step) for step in pipeline]
     at = next(i for i, kind in enumerate(kinds) if kind.startswith(('Pack', 'LoadAnnotations', 'Pad')))
     if 'meta_keys' in pipeline[-1]:
         pipeline[-1]['meta_keys'] = tuple(dict.fromkeys((*pipeline[-1]['meta_keys'], 'flip', 'flip_direction')))

@@ -33,6 +33,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 from mmvim.analysis.tables import table
+from mmvim.compat.types import kind_of
 from mmvim.errors import ConfigError, DataError, InputError
 
 # Per channel, state and token: decay times state, input times step, and the read-out.
@@ -454,15 +455,19 @@ def default_shape(cfg: Config) -> tuple[tuple[int, int], str]:
 
     train, test = (dataset_of(cfg.get(f'{split}_dataloader')).get('pipeline') or [] for split in ('train', 'test'))
     preprocessor = cfg.model.get('data_preprocessor') or {}
-    settings = [(step.get('crop_size'), 'CenterCrop of the test pipeline') for step in test if _is(step, 'CenterCrop')]
+    settings = [
+        (step.get('crop_size'), 'CenterCrop of the test pipeline') for step in test if kind_of(step) == 'CenterCrop'
+    ]
     settings += [
         (step.get('size'), 'padding of data_preprocessor') for step in preprocessor.get('batch_augments') or ()
     ]
     settings += [(preprocessor.get('size'), 'data_preprocessor.size')]
     settings += [((cfg.model.get('backbone') or {}).get('img_size'), 'backbone.img_size')]
-    settings += [(_turned(step.get('scale')), 'Resize of the test pipeline') for step in test if _is(step, 'Resize')]
     settings += [
-        (step.get('crop_size'), 'RandomCrop of the train pipeline') for step in train if _is(step, 'RandomCrop')
+        (_turned(step.get('scale')), 'Resize of the test pipeline') for step in test if kind_of(step) == 'Resize'
+    ]
+    settings += [
+        (step.get('crop_size'), 'RandomCrop of the train pipeline') for step in train if kind_of(step) == 'RandomCrop'
     ]
     for value, source in settings:
         if isinstance(value, int):
@@ -476,10 +481,6 @@ def padded(cfg: Config, shape: tuple[int, int]) -> tuple[int, int]:
     """Shape that the config's preprocessor hands to the model."""
     divisor = (cfg.model.get('data_preprocessor') or {}).get('pad_size_divisor') or 1
     return tuple(-(-side // divisor) * divisor for side in shape)
-
-
-def _is(step: dict, kind: str) -> bool:
-    return str(step['type']).split('.')[-1] == kind
 
 
 def _turned(scale: object) -> object:

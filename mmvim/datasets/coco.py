@@ -9,6 +9,7 @@ from mmdet.datasets import CocoDataset
 from mmdet.datasets.api_wrappers import COCO
 from mmengine.logging import print_log
 
+from mmvim.compat.types import kind_of
 from mmvim.datasets.annotations import class_names, read_annotations
 from mmvim.datasets.shapes import CLASSES, PALETTE, ensure_shapes
 from mmvim.datasets.transforms import decode_image
@@ -87,7 +88,7 @@ class CocoFolderDataset(CocoDataset):
         if data_root and not os.path.isdir(data_root):
             raise DataError(f"data folder '{data_root}' does not exist: set data_root to the folder of the data set")
         self.with_masks = any(
-            str(step.get('type')).endswith('LoadAnnotations') and step.get('with_mask')
+            kind_of(step) == 'LoadAnnotations' and step.get('with_mask')
             for step in kwargs.get('pipeline', ())
             if isinstance(step, dict)
         )

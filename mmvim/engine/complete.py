@@ -4,8 +4,8 @@ import inspect
 import os
 
 from mmengine.config import ConfigDict
-from mmengine.registry import DATASETS
 
+from mmvim.compat.types import dataset_class, kind_of
 from mmvim.datasets.annotations import read_class_names
 from mmvim.errors import ConfigError, DataError
 
@@ -47,8 +47,8 @@ def complete_config(cfg: ConfigDict) -> set[str]:
     for split, dataset in datasets:
         _fill(cfg, 'data_root', dataset, 'data_root', used)
         _fill_paths(cfg, split, dataset, used)
-    folders = [dataset for _, dataset in datasets if _kind(dataset) == COCO_FOLDER]
-    label_maps = [dataset for _, dataset in datasets if _kind(dataset) == LABEL_MAPS]
+    folders = [dataset for _, dataset in datasets if kind_of(dataset) == COCO_FOLDER]
+    label_maps = [dataset for _, dataset in datasets if kind_of(dataset) == LABEL_MAPS]
     if folders:
         _fill_classes(cfg, folders, _names(cfg) or _classes_of(folders), 'the annotation file has', used)
     if label_maps:
@@ -74,18 +74,14 @@ def check_data_root(dataset: dict) -> None:
     """
     root = dataset.get('data_root')
     ours = ('ShapesDataset', 'ShapesSegDataset', 'CocoFolderDataset')  # generated, or checked by the data set itself
-    if not root or '://' in str(root) or os.path.isdir(root) or _kind(dataset) in ours:
+    if not root or '://' in str(root) or os.path.isdir(root) or kind_of(dataset) in ours:
         return
-    known = DATASETS.get(dataset['type']) if isinstance(dataset.get('type'), str) else dataset.get('type')
+    known = dataset_class(dataset)
     if known is None or 'download' not in inspect.signature(known).parameters:
         raise DataError(
-            f"data folder '{root}' of {_kind(dataset)} does not exist: put the data there, or name another folder "
+            f"data folder '{root}' of {kind_of(dataset)} does not exist: put the data there, or name another folder "
             'with --cfg-options train_dataloader.dataset.data_root=... (likewise val_dataloader and test_dataloader)'
         )
-
-
-def _kind(cfg: dict) -> str:
-    return str(cfg.get('type')).split('.')[-1]
 
 
 def _fill(cfg: ConfigDict, name: str, target: dict, key: str, used: set[str], value: object = None) -> None:
@@ -99,11 +95,11 @@ def _fill_paths(cfg: ConfigDict, split: str, dataset: dict, used: set[str]) -> N
     names = {suffix: f'{split}_{suffix}' for suffix in ('img', 'ann')}
     if split == 'test':
         names = {suffix: name if cfg.get(name) is not None else f'val_{suffix}' for suffix, name in names.items()}
-    if _kind(dataset) == COCO_FOLDER:
+    if kind_of(dataset) == COCO_FOLDER:
         _fill(cfg, names['ann'], dataset, 'ann_file', used)
         _fill(cfg, names['img'], dataset, 'data_prefix', used, dict(img=cfg.get(names['img'])))
         _fill(cfg, 'skip_bad_images', dataset, 'skip_bad_images', used)
-    elif _kind(dataset) == LABEL_MAPS:
+    elif kind_of(dataset) == LABEL_MAPS:
         prefix = ConfigDict(dataset.get('data_prefix') or {})
         _fill(cfg, names['img'], prefix, 'img_path', used)
         _fill(cfg, names['ann'], prefix, 'seg_map_path', used)
@@ -155,9 +151,9 @@ def _fill_label_maps(cfg: ConfigDict, datasets: list[dict], used: set[str]) -> N
             )
         _fill_classes(cfg, datasets, classes, 'classes names', used)
     heads = [cfg['model'].get(key) or [] for key in ('decode_head', 'auxiliary_head')]
-    crops = [step for step in _steps(cfg, datasets) if _kind(step) == 'RandomCrop']
+    crops = [step for step in _steps(cfg, datasets) if kind_of(step) == 'RandomCrop']
     evaluators = [cfg.get(key) or [] for key in ('val_evaluator', 'test_evaluator')]
-    for part in [*_flat(heads), *datasets, *crops, *(e for e in _flat(evaluators) if _kind(e) == 'IoUMetric')]:
+    for part in [*_flat(heads), *datasets, *crops, *(e for e in _flat(evaluators) if kind_of(e) == 'IoUMetric')]:
         _fill(cfg, 'ignore_index', part, 'ignore_index', used)
     _fill(cfg, 'ignore_index', cfg['model'].get('data_preprocessor') or {}, 'seg_pad_val', used)
 
@@ -190,7 +186,7 @@ def _fill_image_size(cfg: ConfigDict, datasets: list[dict], label_maps: bool, us
         return
     values = dict(scale=('image_size', frame), crop_size=('crop_size' if cfg.get('crop_size') else 'image_size', crop))
     places = [
-        (step, dict(RandomResize='scale', Resize='scale', RandomCrop='crop_size').get(_kind(step)))
+        (step, dict(RandomResize='scale', Resize='scale', RandomCrop='crop_size').get(kind_of(step)))
         for step in _steps(cfg, datasets)
         if step.get('scale_factor') is None
     ]
@@ -219,7 +215,7 @@ def _sizes(cfg: ConfigDict, label_maps: bool) -> tuple[tuple[int, int] | None, t
 
 
 def _fill_max_iters(cfg: ConfigDict, used: set[str]) -> None:
-    if _kind(cfg.get('train_cfg') or {}) == 'IterBasedTrainLoop':
+    if kind_of(cfg.get('train_cfg') or {}) == 'IterBasedTrainLoop':
         _fill(cfg, 'max_iters', cfg['train_cfg'], 'max_iters', used)
     schedules = cfg.get('param_scheduler')
     if isinstance(schedules, list) and schedules and not {'milestones', 'T_max'} & set(schedules[-1]):

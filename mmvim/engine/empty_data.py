@@ -5,7 +5,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 
-from mmengine.registry import DATASETS
+from mmvim.compat.types import dataset_class, kind_of
 
 NUMPY_MESSAGE = 'need at least one array to concatenate'  # all that mmengine's BaseDataset says of an empty one
 
@@ -21,7 +21,7 @@ def explain_empty(dataset: dict) -> str:
     if known:
         return known[0]
     named = ', '.join(
-        f'{_kind(part)} of {part.get("ann_file") or part.get("data_prefix") or part.get("data_root")!r}'
+        f'{kind_of(part)} of {part.get("ann_file") or part.get("data_prefix") or part.get("data_root")!r}'
         for part in parts(dataset)
     )
     return (
@@ -41,7 +41,7 @@ def parts(dataset: dict) -> Iterator[dict]:
 
 def _explain_folder(dataset: dict) -> str | None:
     """What is wrong with a folder that MMSegmentation searches for images; None if it is none, or nothing is."""
-    suffix = dataset.get('img_suffix') or _default(dataset.get('type'), 'img_suffix')
+    suffix = dataset.get('img_suffix') or _default(dataset, 'img_suffix')
     folder = os.path.join(dataset.get('data_root') or '', (dataset.get('data_prefix') or {}).get('img_path') or '')
     if suffix is None or not os.path.isdir(folder):
         return None
@@ -49,27 +49,20 @@ def _explain_folder(dataset: dict) -> str | None:
     if any(name.endswith(suffix) for name in files):
         return None
     if not files:
-        return f"image folder '{folder}' of {_kind(dataset)} holds no files: name another one in data_prefix.img_path"
+        return f"image folder '{folder}' of {kind_of(dataset)} holds no files: name another one in data_prefix.img_path"
     kinds = Counter(os.path.splitext(name)[1] or name for name in files).most_common(3)
     shown = ', '.join(f"{count} '{kind}'" for kind, count in kinds)
     return (
-        f"image folder '{folder}' of {_kind(dataset)} holds {len(files)} files ({shown}), none of which ends in "
+        f"image folder '{folder}' of {kind_of(dataset)} holds {len(files)} files ({shown}), none of which ends in "
         f'img_suffix={suffix!r}: set img_suffix, and seg_map_suffix for the label maps, or name another folder in '
         'data_prefix.img_path'
     )
 
 
-def _default(kind: object, argument: str) -> object:
-    """Default of an argument of a class or of those that it hands arguments on to; None if there is none."""
-    with DATASETS.switch_scope_and_registry(None) as registry:  # the host's, by its default scope
-        known = registry.get(kind) if isinstance(kind, str) else kind
-    for cls in getattr(known, '__mro__', ()):
+def _default(dataset: dict, argument: str) -> object:
+    """Default of an argument of the class or of those that it hands arguments on to; None if there is none."""
+    for cls in getattr(dataset_class(dataset), '__mro__', ()):
         parameter = inspect.signature(cls.__init__).parameters.get(argument)
         if parameter is not None and parameter.default is not parameter.empty:
             return parameter.default
     return None
-
-
-def _kind(dataset: dict) -> str:
-    kind = dataset.get('type')
-    return kind.split('.')[-1] if isinstance(kind, str) else getattr(kind, '__name__', str(kind))

@@ -1,10 +1,11 @@
 import json
 
 import pytest
-from mmengine.config import ConfigDict
+from mmengine.config import Config, ConfigDict
 from mmengine.hub import get_config
+from mmengine.registry import DefaultScope
 
-from mmvim.engine.complete import complete_config, set_num_classes
+from mmvim.engine.complete import check_data_root, complete_config, set_num_classes
 from mmvim.errors import ConfigError, DataError
 
 FOLDER = 'vim/cascade_mask_rcnn_vim_ti_coco_folder.py'
@@ -122,6 +123,47 @@ def test_a_folder_of_label_maps_is_described_in_one_place(load_config, name):
     before = cfg.to_dict()
     complete_config(cfg)
     assert cfg.to_dict() == before
+
+
+def test_types_may_be_classes(load_config):
+    import mmcv
+    from mmseg.datasets import BaseSegDataset, transforms
+    from mmseg.evaluation import IoUMetric
+
+    keys = dict(data_root='d', classes=['road', 'sky'], ignore_index=9, image_size=96)
+    named = load_config(LABEL_MAPS[0], **keys)
+    kinds = dict(BaseSegDataset=BaseSegDataset, IoUMetric=IoUMetric, Resize=mmcv.transforms.Resize)
+    kinds |= dict(RandomCrop=transforms.RandomCrop, RandomResize=mmcv.transforms.RandomResize)
+
+    def with_classes(part):
+        if isinstance(part, list):
+            return [with_classes(value) for value in part]
+        if not isinstance(part, dict):
+            return kinds.get(part, part) if isinstance(part, str) else part
+        return {key: with_classes(value) for key, value in part.items()}
+
+    def with_names(part):
+        if isinstance(part, list):
+            return [with_names(value) for value in part]
+        return (
+            {key: with_names(value) for key, value in part.items()}
+            if isinstance(part, dict)
+            else (part.__name__ if isinstance(part, type) else part)
+        )
+
+    cfg = Config.fromfile(named.filename)
+    cfg = ConfigDict(with_classes(cfg.to_dict()) | keys)
+    assert cfg.train_dataloader.dataset.type is BaseSegDataset
+    complete_config(cfg)
+    assert with_names(cfg.to_dict()) == named.to_dict()
+
+
+def test_a_missing_folder_that_the_data_set_downloads_is_no_error(tmp_path):
+    gone = str(tmp_path / 'gone')
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        check_data_root(dict(type='CIFAR10', data_root=gone))
+        with pytest.raises(DataError, match=f"data folder '{gone}' of ImageNet does not exist: put the data there"):
+            check_data_root(dict(type='ImageNet', data_root=gone))
 
 
 def test_frames_and_crops_of_label_maps(load_config):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
+from mmseg.evaluation import IoUMetric
 
 from mmvim import cli
 from mmvim.engine.runner import Runner
@@ -145,6 +146,7 @@ def test_validation_and_tests_refuse_a_value_that_the_metric_would_pass_over(fol
         [dict(type='DepthMetric'), dict(type='mmseg.IoUMetric')],
         dict(type='Evaluator', metrics=[dict(type='IoUMetric')]),
         dict(metrics=dict(type='IoUMetric')),
+        dict(type=IoUMetric),
     ],
 )
 def test_predictions_are_written_in_every_form_of_an_evaluator(tmp_path, evaluator):
