@@ -23,11 +23,11 @@ image_size, crop_size = (240, 180), (160, 192)
 head = dict(channels=96, norm_cfg=dict(type='BN'))
 model = dict(decode_head=head, auxiliary_head=head)
 
-max_iters = 500
+max_iters = 1000
 train_cfg = dict(val_interval=100)
-optim_wrapper = dict(optimizer=dict(lr=5e-4))
+optim_wrapper = dict(optimizer=dict(lr=1e-3))
 param_scheduler = [
-    dict(type='LinearLR', start_factor=0.01, by_epoch=False, end=50),
+    dict(type='LinearLR', start_factor=0.01, by_epoch=False, end=100),
     dict(type='PolyLR', by_epoch=False),
 ]
 default_hooks = dict(checkpoint=dict(interval=10000))

@@ -18,8 +18,3 @@ model = dict(
 )
 
 max_iters = 900
-optim_wrapper = dict(optimizer=dict(lr=1e-3))
-param_scheduler = [
-    dict(type='LinearLR', start_factor=0.01, by_epoch=False, end=100),
-    dict(type='PolyLR', by_epoch=False),
-]
