@@ -205,7 +205,7 @@ def load_from_http(filename: str, map_location: MapLocation = None, model_dir: s
     """Loader of URLs for mmengine: download to the cache of torch.hub, once a node, then as `load_from_local`.
 
     Raises:
-        CheckpointError: in every process, if the download failed in one.
+        CheckpointError: in every process, if the download failed in one; or if the file is none that can be read.
     """
     folder = Path(model_dir or os.path.join(torch.hub.get_dir(), 'checkpoints'))
     # files of one name are common, such as model.safetensors of every repository
@@ -217,7 +217,10 @@ def load_from_http(filename: str, map_location: MapLocation = None, model_dir: s
         failures = [message for message in all_gather_object(failure) if message]
         if failures:
             raise CheckpointError(failures[0])
-    return load_from_local(str(target), map_location)
+    try:
+        return load_from_local(str(target), map_location)
+    except CheckpointError as error:
+        raise CheckpointError(f'{error}. The file was downloaded from {filename}: delete it first') from None
 
 
 def _download(url: str, target: Path) -> str | None:

@@ -251,6 +251,23 @@ def test_mmengine_reads_published_files_by_path_and_by_url(tmp_path, address):
     assert cached.name.endswith('-published.pth')
 
 
+def test_an_incomplete_download_says_which_file_to_delete(tmp_path, address):
+    path = tmp_path / 'served' / 'w.pth'
+    torch.save({'a': torch.ones(9999)}, path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:9999])
+    for _ in range(2):  # downloaded, then from the cache
+        with pytest.raises(
+            CheckpointError, match='incomplete one .*download it again. .*/w.pth: delete it first'
+        ) as told:
+            CheckpointLoader.load_checkpoint(f'{address}/w.pth')
+        path.write_bytes(whole)
+    (cached,) = (tmp_path / 'cache' / 'hub' / 'checkpoints').iterdir()
+    assert str(told.value).startswith(f"'{cached}' is no checkpoint")
+    cached.unlink()
+    assert CheckpointLoader.load_checkpoint(f'{address}/w.pth')['state_dict']['a'].sum() == 9999
+
+
 def test_files_of_one_name_at_two_addresses_are_two(tmp_path, address):
     files = [f'{address}/{size}/model.safetensors' for size in ('tiny', 'small')]
     for number, size in enumerate(('tiny', 'small')):
