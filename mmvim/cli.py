@@ -19,7 +19,6 @@ import mmvim
 from mmvim.compat import explain_transformers
 from mmvim.compat.types import kind_of
 from mmvim.engine.complete import complete_config
-from mmvim.engine.memory import keep_freed_memory
 from mmvim.errors import ConfigError, InputError
 
 RUNNER_KEYS = (set(inspect.signature(Runner.__init__).parameters) - {'self', 'cfg'}) | {
@@ -395,8 +394,6 @@ def run(tool: Callable[[argparse.Namespace], None], args: argparse.Namespace) ->
     try:
         if args.device == 'cuda' and not torch.cuda.is_available():
             raise ConfigError('--device cuda: torch sees no GPU here; use --device cpu, or install torch for CUDA')
-        if args.device == 'cpu' or not torch.cuda.is_available():
-            keep_freed_memory()
         tool(args)
     except KeyboardInterrupt:
         print('\ninterrupted; go on from the last checkpoint with --resume', file=sys.stderr)

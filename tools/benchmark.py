@@ -3,8 +3,11 @@
 python tools/benchmark.py vim-tiny deit-tiny --attention both --baseline deit-tiny --out work_dirs/benchmark
 """
 
+from _process import prepare
+
 
 def main() -> None:
+    prepare()
     from mmvim import cli
     from mmvim.analysis import benchmark
 

@@ -3,8 +3,11 @@
 python tools/get_flops.py configs/vim/cascade_mask_rcnn_vim_ti_coco.py --sizes 224 512 1024
 """
 
+from _process import prepare
+
 
 def main() -> None:
+    prepare()
     from mmvim import cli
     from mmvim.analysis import flops
 

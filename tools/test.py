@@ -3,11 +3,11 @@
 python tools/test.py configs/demo/cascade_mask_rcnn_vim_ti_shapes.py work_dirs/cascade_mask_rcnn_vim_ti_shapes
 """
 
-from _device import hide_gpus
+from _process import prepare
 
 
 def main() -> None:
-    hide_gpus()
+    prepare()
     from mmvim import cli
 
     cli.run(cli.test, cli.test_parser().parse_args())

@@ -3,11 +3,11 @@
 python tools/train.py configs/demo/cascade_mask_rcnn_vim_ti_shapes.py
 """
 
-from _device import hide_gpus
+from _process import prepare
 
 
 def main() -> None:
-    hide_gpus()
+    prepare()
     from mmvim import cli
 
     cli.run(cli.train, cli.train_parser().parse_args())

@@ -3,11 +3,11 @@
 python tools/verify_checkpoint.py FILE
 """
 
-from _device import hide_gpus
+from _process import prepare
 
 
 def main() -> None:
-    hide_gpus()
+    prepare()
     from mmvim import cli
     from mmvim.analysis import verify
 

@@ -3,11 +3,11 @@
 python tools/visualize_features.py IMAGE configs/demo/cascade_mask_rcnn_vim_ti_shapes.py CHECKPOINT --block 0 3
 """
 
-from _device import hide_gpus
+from _process import prepare
 
 
 def main() -> None:
-    hide_gpus()
+    prepare()
     from mmvim import cli
     from mmvim.analysis import visualize
 

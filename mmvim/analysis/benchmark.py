@@ -8,7 +8,6 @@ import dataclasses
 import gc
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -21,8 +20,15 @@ from mmengine.utils import ProgressBar
 from torch import Tensor, nn
 
 from mmvim.compat.lookup import HOSTS
-from mmvim.engine.memory import keep_freed_memory, return_freed_memory
 from mmvim.errors import ConfigError, InputError
+from mmvim.machine import (
+    device_name,
+    forget_peak,
+    peak_rss_mib,
+    return_freed_memory,
+    synchronize,
+    versions,
+)
 
 WARM_UP_SIZE = 224  # pixels of the pass whose memory counts as the process's own
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
@@ -199,11 +205,6 @@ def out_of_memory(error: Exception) -> bool:
     """Whether the allocator of a CPU or GPU gave up."""
     text = str(error)
     return isinstance(error, MemoryError) or 'out of memory' in text or "can't allocate memory" in text
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type != 'cpu':
-        torch.get_device_module(device).synchronize()
 
 
 class Sweep:
@@ -428,7 +429,7 @@ class Sweep:
             writer = csv.DictWriter(file, names)
             writer.writeheader()
             writer.writerows(rows)
-        draw(rows, self.out, self.baseline)
+        draw(rows, self.out)
 
 
 def add_ratios(rows: list[dict], baseline: str) -> list[dict]:
@@ -447,36 +448,38 @@ def add_ratios(rows: list[dict], baseline: str) -> list[dict]:
     return found
 
 
-def draw(rows: list[dict], folder: Path, baseline: str) -> None:
-    """Two plots against the resolution, speed and memory, both on a logarithmic axis, as PNG and SVG.
+def curves(rows: list[dict], value: str) -> dict[tuple[str, bool, int], list[tuple[int, float]]]:
+    """Points (resolution, value) for each model, with or without pyramid, and batch size, in order of the resolution.
 
-    Memory that was measured above that of a pass at some size is drawn for larger sizes alone.
+    Memory that was measured above that of a pass at some size has points at larger sizes alone.
     """
+    lines: dict[tuple[str, bool, int], list[tuple[int, float]]] = {}
+    for row in sorted(rows, key=lambda row: row['resolution']):
+        nothing = value == 'memory_mib' and row['resolution'] <= row.get('memory_above_px', 0)
+        if (row.get(value) or 0) > 0 and not nothing:
+            key = row['model'], row['fpn'], row['batch_size']
+            lines.setdefault(key, []).append((row['resolution'], row[value]))
+    return lines
+
+
+def draw(rows: list[dict], folder: Path) -> None:
+    """Two plots against the resolution, speed and memory, both on a logarithmic axis, as PNG and SVG."""
     from matplotlib.figure import Figure
 
+    colors = {model: f'C{i}' for i, model in enumerate(dict.fromkeys(row['model'] for row in rows))}
+    batches = {row['batch_size'] for row in rows}
     for name, value, title in (
         ('speed', 'images_per_second', 'images per second'),
         ('memory', 'memory_mib', 'memory, MiB'),
     ):
-        lines: dict[tuple[str, str], list[tuple[int, float]]] = {}
-        colors = {model: f'C{i}' for i, model in enumerate(dict.fromkeys(row['model'] for row in rows))}
-        batches = {row['batch_size'] for row in rows}
-        for row in rows:
-            if (
-                row.get(value)
-                and row[value] > 0
-                and (name != 'memory' or row['resolution'] > row.get('memory_above_px', 0))
-            ):
-                label = row['model'] + (' + FPN' if row['fpn'] else '')
-                label += f', batch {row["batch_size"]}' if len(batches) > 1 else ''
-                lines.setdefault((row['model'], label), []).append((row['resolution'], row[value]))
+        lines = curves(rows, value)
         if not lines:
             continue
         figure = Figure(figsize=(7, 4.5), layout='constrained')
         axes = figure.add_subplot()
-        for (model, label), points in lines.items():
-            points.sort()
-            style = dict(color=colors[model], marker='o', linestyle='--' if '+ FPN' in label else '-')
+        for (model, fpn, batch), points in lines.items():
+            label = model + ' + FPN' * fpn + f', batch {batch}' * (len(batches) > 1)
+            style = dict(color=colors[model], marker='o', linestyle='--' if fpn else '-')
             axes.plot(*zip(*points, strict=True), **style, label=label)
         axes.set_yscale('log')
         axes.set_xlabel('side of the image, pixels')
@@ -513,58 +516,6 @@ def find_device(name: str | None) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise InputError(f'--device {name}: {str(error).splitlines()[0]}; cpu always works') from error
     return device
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == 'cuda':
-        return torch.cuda.get_device_name(device)
-    if device.type == 'cpu' and Path('/proc/cpuinfo').exists():
-        for line in Path('/proc/cpuinfo').read_text().splitlines():
-            if line.startswith('model name'):
-                return line.split(':', 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def versions() -> dict[str, str]:
-    """Versions of what the figures depend on, and the commit if this is a checkout."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {'torch': torch.__version__, 'python': platform.python_version()}
-    for package in ('mmvim', 'numba', 'triton'):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    root = Path(__file__).resolve().parents[2]
-    try:
-        git = subprocess.run(['git', 'describe', '--always', '--dirty'], cwd=root, capture_output=True, text=True)
-        commit = git.stdout.strip()
-    except OSError:  # no git here
-        commit = ''
-    return found | {'commit': commit or 'unknown'}
-
-
-def forget_peak() -> float:
-    """Resident set in MiB, from which the peak starts anew where the system allows it; else the peak until now."""
-    try:
-        Path('/proc/self/clear_refs').write_text('5')
-    except OSError:
-        return peak_rss_mib()
-    return _status_mib('VmRSS')
-
-
-def peak_rss_mib() -> float:
-    """Largest resident set so far, MiB."""
-    if Path('/proc/self/status').exists():
-        return _status_mib('VmHWM')
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == 'darwin' else 2**10)
-
-
-def _status_mib(name: str) -> float:
-    lines = dict(line.split(':', 1) for line in Path('/proc/self/status').read_text().splitlines())
-    return int(lines[name].split()[0]) / 1024
 
 
 def parser() -> argparse.ArgumentParser:
@@ -621,5 +572,4 @@ def main(args: argparse.Namespace) -> None:
 if __name__ == '__main__':  # the process whose memory a sweep measures
     arguments = parser().parse_args()
     arguments.out = os.devnull
-    keep_freed_memory()
     print(Sweep(arguments).memory_here())

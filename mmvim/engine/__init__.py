@@ -3,7 +3,6 @@
 from mmvim.engine.amp import AmpOptimWrapper
 from mmvim.engine.hooks import CheckpointFitHook, ClassCountHook, LabelMapHook
 from mmvim.engine.layer_decay import LayerDecayOptimWrapperConstructor
-from mmvim.engine.memory import keep_freed_memory
 from mmvim.engine.runner import Runner
 from mmvim.engine.time_split import TimeSplitHook
 
@@ -15,5 +14,4 @@ __all__ = [
     'LayerDecayOptimWrapperConstructor',
     'Runner',
     'TimeSplitHook',
-    'keep_freed_memory',
 ]

@@ -14,10 +14,10 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from torch import nn
 
-from mmvim.analysis.benchmark import device_name, synchronize, versions
 from mmvim.analysis.tables import table
 from mmvim.engine.hooks import unwrapped
 from mmvim.errors import ConfigError
+from mmvim.machine import device_name, synchronize, versions
 from mmvim.registry import HOOKS
 
 DATA, PREPROCESSING, POST, METRIC, REST = 'data', 'preprocessing', 'post-processing', 'metric', 'rest'

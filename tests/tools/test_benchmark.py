@@ -51,6 +51,28 @@ def test_rows_files_and_plots(configs, tmp_path, capsys):
     assert 'times the speed of small_vim' in capsys.readouterr().out
 
 
+def test_curves_leave_out_what_was_not_measured():
+    def row(resolution, fpn=False, batch=1, model='a', **values):
+        return dict(resolution=resolution, fpn=fpn, batch_size=batch, model=model, **values)
+
+    rows = [
+        row(512, memory_mib=30.0, memory_above_px=224, images_per_second=4.0),
+        row(224, memory_mib=1.0, memory_above_px=224, images_per_second=9.0),
+        row(512, True, memory_mib=50.0, memory_above_px=0),
+        row(224, True, memory_mib=20.0, memory_above_px=0),
+        row(512, model='b', memory_mib=None, images_per_second=None, error='out of memory', memory_above_px=224),
+        row(512, batch=2, memory_mib=-0.5, images_per_second=5.0, memory_above_px=224),
+    ]
+    assert benchmark.curves(rows, 'memory_mib') == {
+        ('a', False, 1): [(512, 30.0)],
+        ('a', True, 1): [(224, 20.0), (512, 50.0)],
+    }
+    assert benchmark.curves(rows, 'images_per_second') == {
+        ('a', False, 1): [(224, 9.0), (512, 4.0)],
+        ('a', False, 2): [(512, 5.0)],
+    }
+
+
 def test_a_broken_sweep_goes_on(configs, tmp_path):
     out = tmp_path / 'out'
     arguments = [*configs, '--resolutions', 32, 48, '--repeats', 1, '--no-memory', '--out', out]

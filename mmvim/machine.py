@@ -1,0 +1,72 @@
+"""The machine and the process that something runs in: device, versions, memory."""
+
+import ctypes
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type != 'cpu':
+        torch.get_device_module(device).synchronize()
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == 'cuda':
+        return torch.cuda.get_device_name(device)
+    if device.type == 'cpu' and Path('/proc/cpuinfo').exists():
+        for line in Path('/proc/cpuinfo').read_text().splitlines():
+            if line.startswith('model name'):
+                return line.split(':', 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the figures depend on, and the commit if this is a checkout."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {'torch': torch.__version__, 'python': platform.python_version()}
+    for package in ('mmvim', 'numba', 'triton'):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    root = Path(__file__).resolve().parents[1]
+    try:
+        git = subprocess.run(['git', 'describe', '--always', '--dirty'], cwd=root, capture_output=True, text=True)
+        commit = git.stdout.strip()
+    except OSError:  # no git here
+        commit = ''
+    return found | {'commit': commit or 'unknown'}
+
+
+def forget_peak() -> float:
+    """Resident set in MiB, from which the peak starts anew where the system allows it; else the peak until now."""
+    try:
+        Path('/proc/self/clear_refs').write_text('5')
+    except OSError:
+        return peak_rss_mib()
+    return _status_mib('VmRSS')
+
+
+def peak_rss_mib() -> float:
+    """Largest resident set so far, MiB."""
+    if Path('/proc/self/status').exists():
+        return _status_mib('VmHWM')
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == 'darwin' else 2**10)
+
+
+def _status_mib(name: str) -> float:
+    lines = dict(line.split(':', 1) for line in Path('/proc/self/status').read_text().splitlines())
+    return int(lines[name].split()[0]) / 1024
+
+
+def return_freed_memory() -> None:
+    """Hand the free memory that glibc has kept until now back to the system; nothing on systems without glibc."""
+    if platform.libc_ver()[0] == 'glibc':
+        ctypes.CDLL(None).malloc_trim(0)
