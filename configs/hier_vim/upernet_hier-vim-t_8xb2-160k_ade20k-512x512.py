@@ -10,3 +10,4 @@ optim_wrapper = dict(
     constructor='mmvim.LayerDecayOptimWrapperConstructor',
     optimizer=dict(type='AdamW', lr=6e-5, weight_decay=0.01),
 )
+auto_scale_lr = dict(enable=False, base_batch_size=16)

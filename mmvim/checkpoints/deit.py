@@ -7,12 +7,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from mmvim.checkpoints.fitting import Conversion, abridge, convert_on_load
+from mmvim.checkpoints.fitting import METADATA, Conversion, abridge, convert_on_load
 from mmvim.errors import CheckpointError
 
 # D width
 
-METADATA = 'mmvim'
 ARCH_OF_WIDTH = {192: 'deit-tiny', 384: 'deit-small', 768: 'deit-base'}
 PREFIX_TOKENS = ('cls_token', 'dist_token')
 NOT_BACKBONE = ('head.', 'head_dist.', 'simfp_', 'pre_logits.', 'fc_norm.')

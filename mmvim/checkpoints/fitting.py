@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from mmvim.checkpoints.reading import SOURCE
 from mmvim.errors import CheckpointError
 
+METADATA = 'mmvim'  # the key under which a backbone saves what names and shapes do not tell
+
 
 @dataclass
 class Conversion:

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from mmvim.checkpoints.deit import deit_settings, timm_names
+from mmvim.checkpoints.fitting import METADATA
 from mmvim.checkpoints.hier_vim import hier_vim_settings
 from mmvim.checkpoints.mambavision import mambavision_settings, mambavision_state_dict
 from mmvim.checkpoints.vim import ARCH_OF_WIDTH as VIM_OF_WIDTH
-from mmvim.checkpoints.vim import METADATA, class_token_names, saved_class_tokens, vim_settings
+from mmvim.checkpoints.vim import class_token_names, saved_class_tokens, vim_settings
 from mmvim.errors import CheckpointError
 
 LONG_SEQUENCE = (27, 27)  # 224 pixels in patches of 16 every 8: published long-sequence Vim
@@ -103,9 +104,9 @@ def _vim(weights: Mapping[str, Tensor]) -> Identity | None:
     return Identity('Vim', size, backbone, image_size, facts, notes)
 
 
-def _mambavision(weights: Mapping[str, Tensor]) -> Identity | None:
+def _mambavision(file: Mapping[str, Tensor]) -> Identity | None:
     norms = ['norm', *(f'outnorm{i}' for i in range(4))]
-    weights = mambavision_state_dict(weights, norms=norms).state_dict
+    weights = mambavision_state_dict(file, norms=norms).state_dict
     found = mambavision_settings(weights)
     if not found or 'd_state' not in found and 'attention' not in found:
         return None
@@ -113,10 +114,15 @@ def _mambavision(weights: Mapping[str, Tensor]) -> Identity | None:
     from mmvim.models.backbones.mambavision import PLACES, MambaVision, attention_places
 
     depths, scaled = found['depths'], found['layer scale'] == 'yes'
+    saved = getattr(file, '_metadata', {}).get('', {}).get(METADATA, {})
+    usual = dict(d_state=8, d_conv=3, mlp_ratio=4)
+    inner = {key: found.get(key, value) for key, value in usual.items()}
     names = [
         name
         for name, arch in MambaVision.arch_zoo.items()
-        if all(arch[key] == found[key] for key in ('embed_dims', 'stem_channels', 'depths'))
+        if inner == usual
+        and saved.get('num_heads', arch['num_heads']) == arch['num_heads']
+        and all(arch[key] == found[key] for key in ('embed_dims', 'stem_channels', 'depths'))
         and ('layer_scale' in arch) == scaled
     ]
     size = names[-1] if names else None
@@ -124,9 +130,9 @@ def _mambavision(weights: Mapping[str, Tensor]) -> Identity | None:
         embed_dims=found['embed_dims'],
         stem_channels=found['stem_channels'],
         depths=tuple(max(depth, 1) for depth in depths),
-        num_heads=(1, 1, 1, 1),
+        num_heads=saved.get('num_heads', (1, 1, 1, 1)),
         layer_scale=1e-5 if scaled else None,
-        d_state=found.get('d_state', 8),
+        **inner,
     )
     places = [
         place
@@ -143,6 +149,8 @@ def _mambavision(weights: Mapping[str, Tensor]) -> Identity | None:
         out_type=out_type,
         out_indices=tuple(out_indices),
         attention=places[0] if places else 'last',
+        fit_windows=saved.get('fit_windows', False),
+        mixer_conv=saved.get('mixer_conv', 'same'),
         mixer_symmetric=found.get('mixer_symmetric', True),
         mixer_merge=found.get('mixer_merge', 'concat'),
     )
@@ -152,7 +160,9 @@ def _mambavision(weights: Mapping[str, Tensor]) -> Identity | None:
         f'layer scale: {found["layer scale"]}',
     ]
     notes = ['the file does not tell the windows: (14, 7) in levels 2 and 3, as published for 224 pixels']
-    if not size:
+    if not saved:
+        notes.append("nor the mixer's convolution: 'same', as published")
+    if not size and not saved:
         notes.append('the file does not tell the number of heads: 1')
     return Identity('MambaVision', size, backbone, (224, 224), facts, notes)
 

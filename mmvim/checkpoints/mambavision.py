@@ -1,11 +1,15 @@
 """Published MambaVision weights and our own, fitted to a MambaVision with another read-out."""
 
+import logging
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 
+from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from mmvim.checkpoints.fitting import Conversion, abridge, convert_on_load
+from mmvim.checkpoints.fitting import METADATA, Conversion, abridge, convert_on_load
+from mmvim.checkpoints.reading import SOURCE
+from mmvim.errors import CheckpointError
 
 # files saved through a class that holds the network as `model` have this before every name
 INNER = 'model.'
@@ -49,6 +53,7 @@ def mambavision_settings(state_dict: Mapping[str, Tensor]) -> dict:
     blocks = sorted({tuple(map(int, n.split('.')[1:4:2])) for n in state_dict if _is_block(n)})
     depths = tuple(sum(level == i for level, _ in blocks) for i in range(4))
     scans = [name for name in state_dict if name.endswith('mixer.A_log')]
+    mlp = next((value for name, value in state_dict.items() if name.endswith('mlp.fc1.weight')), None)
     settings = {
         'embed_dims': second.shape[0],
         'stem_channels': first.shape[0],
@@ -57,10 +62,15 @@ def mambavision_settings(state_dict: Mapping[str, Tensor]) -> dict:
         'layer scale': 'yes' if any(name.endswith('.gamma_1') for name in state_dict) else 'no',
         'attention': tuple(f'levels.{i}.blocks.{j}.mixer.qkv.weight' in state_dict for i, j in blocks if i > 1),
     }
+    if mlp is not None:
+        settings['mlp_ratio'] = mlp.shape[0] / mlp.shape[1]
     if scans:
         mixer = scans[0].removesuffix('A_log')
         out_proj = state_dict.get(f'{mixer}out_proj.weight')
+        conv = state_dict.get(f'{mixer}conv1d_x.weight')
         settings['d_state'] = state_dict[scans[0]].shape[1]
+        if conv is not None:
+            settings['d_conv'] = conv.shape[-1]
         settings['mixer_symmetric'] = f'{mixer}conv1d_z.weight' in state_dict
         if out_proj is not None:
             settings['mixer_merge'] = 'concat' if out_proj.shape[0] == out_proj.shape[1] else 'gate'
@@ -88,8 +98,9 @@ def explain_mambavision(
     if not theirs:
         return [f'this is no MambaVision checkpoint, it holds {abridge(file)}: give one that belongs to this model']
     if depths is not None and ours['depths'] != tuple(depths):
+        built = sum(ours['depths'][2:])  # of an arch that is built to its last level but one, say
         ours['depths'] = tuple(depths)
-        theirs.pop('attention')
+        theirs['attention'] = theirs['attention'][:built]
     of_arch = ('embed_dims', 'stem_channels', 'depths', 'layer scale')
     reasons = []
     if any(theirs[key] != ours[key] for key in of_arch):
@@ -102,17 +113,17 @@ def explain_mambavision(
         ]
         remedy = f'set arch={names[-1]!r}' if names else 'set arch to a dict with these'
         reasons.append(f'the file has {described}, the model {", ".join(str(ours[k]) for k in of_arch)}: {remedy}')
-    elif theirs.get('attention') != ours['attention'] and 'attention' in theirs:
+    elif theirs['attention'] != ours['attention']:
         pattern = {
-            place: sum((attention_places(depth, place) for depth in theirs['depths'][2:]), ())
+            place: sum((attention_places(depth, place) for depth in theirs['depths'][2:]), ())[: len(ours['attention'])]
             for place in (*PLACES, *range(2, max(theirs['depths']) + 1))
         }
         known = [place for place, places in pattern.items() if places == theirs['attention']]
         remedy = f'set attention={known[0]!r}' if known else 'no value of attention gives these'
         reasons.append(f'attention stands in other blocks of the file than of the model: {remedy}')
-    for key in ('in_channels', 'd_state', 'mixer_symmetric', 'mixer_merge'):
+    for key in ('in_channels', 'd_state', 'd_conv', 'mlp_ratio', 'mixer_symmetric', 'mixer_merge'):
         if key in theirs and key in ours and theirs[key] != ours[key]:
-            where = ' in arch' if key == 'd_state' else ''
+            where = ' in arch' if key in ('d_state', 'd_conv', 'mlp_ratio') else ''
             remedy = f'set {key}={theirs[key]!r}{where}'
             reasons.append(f'the file has {key} {theirs[key]!r}, the model {ours[key]!r}: {remedy}')
     if 'norm.weight' in model and 'norm.weight' not in file:
@@ -123,14 +134,47 @@ def explain_mambavision(
 def load_published_mambavision(backbone: nn.Module) -> None:
     """Let a MambaVision load published weights in every way to load; see `convert_on_load` for what is raised.
 
+    Its own weights carry the settings that change results but neither names nor shapes, as metadata of the state dict.
+    A file of another convolution or number of heads is refused, one of another `fit_windows` gets a warning: training
+    may go on from it.
+
     Args:
-        backbone: a MambaVision; its levels and depths are read.
+        backbone: a MambaVision; its levels, depths, num_heads, mixer_conv and fit_windows are read.
     """
+    backbone._register_state_dict_hook(_after_save)
     may_miss = [f'outnorm{i}.{leaf}' for i in range(4) for leaf in ('weight', 'bias')]
     convert_on_load(backbone, _convert, _explain, may_miss)
 
 
+def _hidden_settings(backbone) -> dict:
+    return {'mixer_conv': backbone.mixer_conv, 'num_heads': backbone.num_heads, 'fit_windows': backbone.fit_windows}
+
+
+def _after_save(backbone, state_dict, prefix, local_metadata) -> None:
+    local_metadata[METADATA] = _hidden_settings(backbone)
+
+
+def _check_hidden(backbone, saved: Mapping, source: str) -> None:
+    ours = _hidden_settings(backbone)
+    differ = [name for name in ours if saved.get(name, ours[name]) != ours[name]]
+    if differ == ['fit_windows']:
+        print_log(
+            f"'{source}' was saved with fit_windows={saved['fit_windows']}, the model has {ours['fit_windows']}: its "
+            'outputs differ wherever windows were padded. Train on, or set it as in the file',
+            logger='current',
+            level=logging.WARNING,
+        )
+    elif differ:
+        theirs = ', '.join(f'{name}={saved[name]!r}' for name in differ)
+        raise CheckpointError(
+            f"checkpoint '{source}' was saved from a MambaVision with {theirs}, this one has "
+            f'{", ".join(f"{name}={ours[name]!r}" for name in differ)}: set what the file has (num_heads in arch)'
+        )
+
+
 def _convert(backbone, weights: Mapping[str, Tensor], metadata: Mapping) -> Conversion:
+    if SOURCE in metadata:
+        _check_hidden(backbone, metadata.get(METADATA, {}), metadata[SOURCE])
     norms = [name for name, _ in backbone.named_children() if name == 'norm' or name.startswith('outnorm')]
     return mambavision_state_dict(weights, norms=norms, num_levels=len(backbone.levels))
 

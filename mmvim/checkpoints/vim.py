@@ -6,12 +6,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from mmvim.checkpoints.fitting import Conversion, convert_on_load
+from mmvim.checkpoints.fitting import METADATA, Conversion, convert_on_load
 from mmvim.errors import CheckpointError
 
 # M = h * w patch tokens, D width
 
-METADATA = 'mmvim'
 ARCH_OF_WIDTH = {192: 'tiny', 384: 'small', 768: 'base'}
 
 

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from mmengine.logging import MMLogger
 from mmengine.runner.checkpoint import load_checkpoint
 from safetensors.torch import save_file
 from torch import nn
 
 import mmvim  # noqa: F401
 from mmvim.checkpoints import mambavision_state_dict, to_classifier
+from mmvim.checkpoints.identify import identify
 from mmvim.errors import CheckpointError
 from mmvim.models import MambaVision
 
@@ -110,6 +112,9 @@ def test_whole_models_and_their_backbones(tmp_path):
         (dict(in_channels=1), 'the file has in_channels 3, the model 1: set in_channels=3'),
         (dict(attention='early'), "attention stands in other blocks .*: set attention='last'"),
         (dict(arch=dict(ARCH, d_state=16)), 'the file has d_state 8, the model 16: set d_state=8 in arch'),
+        (dict(arch=dict(ARCH, d_conv=4)), 'the file has d_conv 3, the model 4: set d_conv=3 in arch'),
+        (dict(arch=dict(ARCH, mlp_ratio=2)), 'the file has mlp_ratio 4.0, the model 2.0: set mlp_ratio=4.0 in arch'),
+        (dict(attention='early', out_indices=(0, 1, 2)), "attention stands in other .*: set attention='last'"),
         (dict(mixer_symmetric=False), 'the file has mixer_symmetric True, the model False: set mixer_symmetric=True'),
         (dict(mixer_merge='gate'), "the file has mixer_merge 'concat', the model 'gate': set mixer_merge='concat'"),
     ],
@@ -118,6 +123,39 @@ def test_a_file_of_another_mambavision_is_refused_with_the_remedy(tmp_path, sett
     path = save_as('state_dict', classifier_weights(), tmp_path)
     with pytest.raises(CheckpointError, match=rf"model\.pth\.tar' does not fit MambaVision: .*Remedy: .*{remedy}"):
         init_from(mambavision(**settings), path)
+
+
+def test_settings_without_a_trace_in_the_weights(tmp_path, monkeypatch, caplog):
+    saved = mambavision(mixer_conv='causal', fit_windows=True)
+    path = tmp_path / 'own.pth'
+    torch.save(saved.state_dict(), path)
+    for target in (
+        mambavision(fit_windows=True),
+        mambavision(arch=dict(ARCH, num_heads=(1, 1, 1, 1)), mixer_conv='causal', fit_windows=True),
+    ):
+        with pytest.raises(CheckpointError, match=r'saved from a MambaVision with (mixer_conv|num_heads)=.*: set what'):
+            init_from(target, path)
+        target.load_state_dict(saved.state_dict())  # as told
+    logger = MMLogger.get_current_instance()
+    monkeypatch.setattr(logger, 'handlers', [*logger.handlers, caplog.handler])
+    for fit_windows in (True, False):
+        loaded = init_from(mambavision(mixer_conv='causal', fit_windows=fit_windows), path)
+        assert ('was saved with fit_windows=True, the model has False' in caplog.text) is not fit_windows
+        assert torch.equal(loaded.levels[2].blocks[0].mixer.A_log, saved.levels[2].blocks[0].mixer.A_log)
+    found = identify(saved.state_dict())
+    assert {key: found.backbone[key] for key in ('mixer_conv', 'fit_windows')} == dict(
+        mixer_conv='causal', fit_windows=True
+    )
+    assert found.backbone['arch']['num_heads'] == tuple(ARCH['num_heads'])
+
+
+def test_what_is_identified_takes_the_file():
+    arch = dict(ARCH, d_conv=4, mlp_ratio=2, d_state=4)
+    weights = mambavision(arch=arch, attention='early').state_dict()
+    found = identify(weights)
+    assert found.backbone['arch'] == arch | dict(layer_scale=None)
+    settings = {key: value for key, value in found.backbone.items() if key != 'type'}
+    MambaVision(**settings).load_state_dict(weights)
 
 
 def test_a_published_size_is_named(tmp_path):

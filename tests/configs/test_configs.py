@@ -31,6 +31,8 @@ def test_metafile_and_notes_list_every_config(folder):
     listed = yaml.safe_load((CONFIGS / folder / 'metafile.yml').read_text())['Models']
     assert sorted(model['Config'] for model in listed) == [f'configs/{name}' for name in names]
     assert all(model['Config'] == f'configs/{folder}/{model["Name"]}.py' for model in listed)
+    facts = [value for model in listed for value in model['Metadata'].items() if 'published' in value[0]]
+    assert all(isinstance(number, float) for _, number in facts), facts  # YAML takes 1e6 for a word, and 1.0e+6 not
     notes = (CONFIGS / folder / 'README.md').read_text()
     assert not [name for name in names if name.rpartition('/')[2] not in notes]
 

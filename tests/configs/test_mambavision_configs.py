@@ -26,6 +26,7 @@ def test_all_that_was_promised_is_there():
     promised = [CASCADE.format(size) for size in 'tsb'] + [UPERNET.format(size) for size in 'tsb']
     promised += [f'mambavision-{size}_32xb128_in1k.py' for size in ('t', 't2', 's', 'b', 'l', 'l2')]
     promised += [f'mambavision-{size}_32xb128_in1k-512px.py' for size in ('l2', 'l3')]
+    promised.append('mambavision-l3_32xb128_in1k-256px.py')
     promised += [f'mask-rcnn_mambavision-{size}_fpn_amp-ms-crop-3x_coco.py' for size in 'ts']
     promised += ['mask-rcnn_mambavision-t_fpn_1x_coco.py', 'upernet_mambavision-l3_8xb2-160k_ade20k-640x640.py']
     promised += ['mask-rcnn_mambavision-t_fpn_coco-folder.py', 'upernet_mambavision-t_folder.py']
@@ -96,6 +97,7 @@ def test_the_published_segmentation_recipe(load, size):
     assert rates(cfg)['backbone.levels.3.blocks.0.mixer.in_proj.weight'] == pytest.approx((lr, 0.01))
     assert rates(cfg)['backbone.levels.3.blocks.0.mixer.A_log'] == pytest.approx((lr, 0))
     assert cfg.train_cfg.max_iters == 160000 and cfg.train_dataloader.batch_size == 2
+    assert cfg.auto_scale_lr.base_batch_size == 16
     warmup, decay = cfg.param_scheduler
     assert (warmup.end, decay.begin, decay.end, decay.power, decay.eta_min) == (1500, 1500, 160000, 1.0, 0.0)
     assert cfg.model.decode_head.num_classes == cfg.model.auxiliary_head.num_classes == 150
@@ -121,6 +123,7 @@ def test_the_segmentation_recipe_at_640(load):
         ('l', 0.3, 224, 224),
         ('l2', 0.3, 224, 224),
         ('l2-512px', 0.3, 512, 512),
+        ('l3-256px', 0.3, 256, 256),
         ('l3-512px', 0.3, 512, 512),
     ],
 )

@@ -47,6 +47,19 @@ def test_any_image_size(size, fit_windows):
         assert feature_map.isfinite().all()
 
 
+def test_training_needs_more_than_one_value_a_channel():
+    model = build(out_indices=(3,), out_type='avg_featmap')
+    with pytest.raises(ValueError, match='more than 1 value per channel'):
+        model.train()(torch.randn(1, 3, 32, 32))
+    for trained, image in (
+        (model, torch.randn(2, 3, 32, 32)),
+        (model, torch.randn(1, 3, 33, 32)),
+        (build(out_type='avg_featmap', norm_eval=True), torch.randn(1, 3, 4, 4)),
+    ):
+        (out,) = trained.train()(image)
+        assert out.isfinite().all()
+
+
 def test_an_image_smaller_than_the_stem():
     with pytest.raises(ValueError, match='the image has 3x64 pixels; each side must be at least 4'):
         build()(torch.randn(1, 3, 3, 64))
@@ -125,7 +138,8 @@ def test_fitted_windows_save_the_work_of_padding():
 @pytest.mark.parametrize('out_type', MambaVision.OUT_TYPES)
 def test_every_parameter_gets_a_gradient_on_a_non_square_image(out_type):
     arch = dict(ARCH, layer_scale=1.0)
-    model = build(arch=arch, out_type=out_type)
+    # in evaluation mode: BatchNorm in training takes away what a bias before it adds, and with it the gradient
+    model = build(arch=arch, out_type=out_type).eval()
     sum(out.square().sum() for out in model(torch.randn(2, 3, 48, 80))).backward()
     missing = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert not missing
@@ -244,12 +258,13 @@ def test_stochastic_depth_takes_part_in_dense_use_and_drops_whole_images():
     assert torch.equal(model(image[:8])[-1], model(image[:8])[-1])
 
 
-def test_checkpointing_changes_neither_gradients_nor_statistics():
+@pytest.mark.parametrize('convert', [lambda model: model, nn.SyncBatchNorm.convert_sync_batchnorm])
+def test_checkpointing_changes_neither_gradients_nor_statistics(convert):
     image = torch.randn(2, 3, 64, 48)
     results = []
     for with_cp in (False, True):
         torch.manual_seed(0)
-        model = build(with_cp=with_cp, drop_path_rate=0.3).train()
+        model = convert(build(with_cp=with_cp, drop_path_rate=0.3)).train()
         torch.manual_seed(1)
         sum(out.square().mean() for out in model(image)).backward()
         results.append((dict(model.named_parameters()), dict(model.named_buffers())))
@@ -431,7 +446,16 @@ def test_operations_at_224_are_the_published_ones(arch, published):
         (dict(mixer_merge='sum'), 'mixer_merge must be one of'),
         (dict(dt_init='zero'), 'dt_init must be one of'),
         (dict(drop_path_rate=1.0), 'drop_path_rate'),
+        (dict(drop_path_rate='a'), r"drop_path_rate must be in \[0, 1\), got 'a'"),
         (dict(frozen_stages=5), 'frozen_stages must be in -1 to 4'),
+        (dict(frozen_stages=None), 'frozen_stages must be in -1 to 4, got None'),
+        (dict(out_indices='3'), "out_indices must be a whole number or several, got '3'"),
+        (dict(out_indices=(0, 1.0)), 'out_indices must be a whole number or several'),
+        (dict(fit_windows='yes'), "fit_windows must be True or False, got 'yes'"),
+        (dict(mixer_symmetric='no'), "mixer_symmetric must be True or False, got 'no'"),
+        (dict(scan_backend='cuda'), r"scan_backend must be None or one of \('triton', 'numba', 'torch'\), got 'cuda'"),
+        (dict(arch=dict(ARCH, mlp_ratio=0.01)), 'mlp_ratio of arch must be a number that gives the MLP a width'),
+        (dict(arch=dict(ARCH, layer_scale='x')), "layer_scale of arch must be a number or None, got 'x'"),
     ],
 )
 def test_bad_arguments(kwargs, message):

@@ -294,7 +294,7 @@ def test_initialisation():
         (dict(attention='flash'), r"attention must be one of \('sdpa', 'materialized'\)"),
         (dict(with_cls_token=False), "out_type='cls_token' needs a class token"),
         (dict(window_size=14), 'a class token belongs to no window: set with_cls_token=False'),
-        (dict(window_size=-1), 'window_size must be at least 1'),
+        (dict(window_size=-1), 'window_size must be a whole number of at least 0'),
         (dict(VITDET, global_attn_indexes=(4,)), 'global_attn_indexes must be within 0 to 3'),
         (dict(out_indices=(12,)), 'out_indices must be within 0 to 11'),
         (dict(out_indices=(5, 3)), 'out_indices must rise'),

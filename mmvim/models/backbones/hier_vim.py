@@ -10,7 +10,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mmvim.checkpoints import load_hier_vim
-from mmvim.models.layers.arguments import check_arch, check_numbers, four_numbers
+from mmvim.models.layers.arguments import (
+    as_indices,
+    check_arch,
+    check_backend,
+    check_flags,
+    check_frozen_stages,
+    check_numbers,
+    check_rates,
+    four_numbers,
+)
 from mmvim.models.layers.norm import LayerNorm2d
 from mmvim.models.layers.vim_mixer import DIRECTIONS, VimMixer
 from mmvim.registry import MODELS
@@ -144,10 +153,10 @@ class HierVim(BaseModule):
             if value not in legal:
                 raise ValueError(f'{name} must be one of {legal}, got {value!r}')
         check_numbers(patch_size=patch_size, in_channels=in_channels)
-        if not 0 <= drop_path_rate < 1:
-            raise ValueError(f'drop_path_rate must be in [0, 1), got {drop_path_rate}')
-        if not -1 <= frozen_stages <= NUM_STAGES:
-            raise ValueError(f'frozen_stages must be in -1 to {NUM_STAGES}, got {frozen_stages}')
+        check_rates(drop_path_rate=drop_path_rate)
+        check_flags(divide_output=divide_output, with_cp=with_cp)
+        check_frozen_stages(frozen_stages, NUM_STAGES)
+        check_backend(scan_backend)
         self.patch_size = patch_size
         self.out_type = out_type
         self.out_indices = self._absolute_indices(out_indices)
@@ -193,7 +202,7 @@ class HierVim(BaseModule):
         last = NUM_STAGES - 1
         if out_indices is None:
             return (last,) if self.out_type == 'avg_featmap' else tuple(range(NUM_STAGES))
-        given = (out_indices,) if isinstance(out_indices, int) else tuple(out_indices)
+        given = as_indices('out_indices', out_indices)
         indices = tuple(i + NUM_STAGES if i < 0 else i for i in given)
         if not indices or list(indices) != sorted(set(indices)) or not 0 <= indices[0] <= indices[-1] <= last:
             raise ValueError(f'out_indices must rise within 0 to {last}, got {out_indices}')

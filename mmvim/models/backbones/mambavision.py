@@ -11,7 +11,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mmvim.checkpoints import load_published_mambavision
-from mmvim.models.layers.arguments import check_arch, check_numbers, four_numbers
+from mmvim.models.layers.arguments import (
+    as_indices,
+    check_arch,
+    check_backend,
+    check_flags,
+    check_frozen_stages,
+    check_numbers,
+    check_rates,
+    four_numbers,
+)
 from mmvim.models.layers.mambavision_mixer import CONVS, DT_INITS, MERGES, MambaVisionMixer
 from mmvim.models.layers.norm import LayerNorm2d
 from mmvim.models.layers.transformer import Mlp, SelfAttention
@@ -198,8 +207,8 @@ def _recomputation(block: nn.Module) -> dict:
 def _statistics_kept(block: nn.Module) -> Iterator[None]:
     """Within it BatchNorm does not count a batch again that it has seen."""
     norms = [(m, m.momentum, m.num_batches_tracked) for m in block.modules() if isinstance(m, _BatchNorm)]
-    for norm, _, _ in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, None
+    for norm, _, count in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, None if count is None else count.clone()
     try:
         yield
     finally:
@@ -213,7 +222,8 @@ class MambaVision(BaseModule):
 
     The state dictionary has the names of the published checkpoints, which load as they are by
     ``init_cfg=dict(type='Pretrained', checkpoint=...)``. Images of any size of at least 4x4 pixels work; the sides of
-    every level's map are those of the level before it, halved and rounded up.
+    every level's map are those of the level before it, halved and rounded up. In training, BatchNorm refuses a map of
+    a single position in a batch of one image: use more images, larger ones, or ``norm_eval``.
 
     Args:
         arch: a name in ``arch_zoo`` ('tiny', 'tiny2', 'small', 'base', 'large', 'large2', 'large3'), or a dict with
@@ -303,6 +313,7 @@ class MambaVision(BaseModule):
         settings = self._arch_settings(arch)
         self.embed_dims = settings['embed_dims']
         self.depths = tuple(settings['depths'])
+        self.num_heads = tuple(settings['num_heads'])
         for name, value, legal in (
             ('out_type', out_type, self.OUT_TYPES),
             ('mixer_conv', mixer_conv, tuple(CONVS)),
@@ -315,13 +326,15 @@ class MambaVision(BaseModule):
             raise ValueError(f'attention must be one of {PLACES} or a number l >= 1, got {attention!r}')
         window_sizes = four_numbers('window_sizes', window_sizes, 'level')
         check_numbers(in_channels=in_channels)
-        if not 0 <= drop_path_rate < 1:
-            raise ValueError(f'drop_path_rate must be in [0, 1), got {drop_path_rate}')
-        if not -1 <= frozen_stages <= NUM_LEVELS:
-            raise ValueError(f'frozen_stages must be in -1 to {NUM_LEVELS}, got {frozen_stages}')
+        check_flags(fit_windows=fit_windows, mixer_symmetric=mixer_symmetric, norm_eval=norm_eval, with_cp=with_cp)
+        check_rates(drop_path_rate=drop_path_rate)
+        check_frozen_stages(frozen_stages, NUM_LEVELS)
+        check_backend(scan_backend)
         self.out_type = out_type
         self.out_indices = self._absolute_indices(out_indices)
         self.window_sizes = window_sizes
+        self.fit_windows = fit_windows
+        self.mixer_conv = mixer_conv
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
 
@@ -396,7 +409,7 @@ class MambaVision(BaseModule):
         last = NUM_LEVELS - 1
         if out_indices is None:
             return (last,) if self.out_type == 'avg_featmap' else tuple(range(NUM_LEVELS))
-        given = (out_indices,) if isinstance(out_indices, int) else tuple(out_indices)
+        given = as_indices('out_indices', out_indices)
         indices = tuple(i + NUM_LEVELS if i < 0 else i for i in given)
         if not indices or list(indices) != sorted(set(indices)) or not 0 <= indices[0] <= indices[-1] <= last:
             raise ValueError(f'out_indices must rise within 0 to {last}, got {out_indices}')

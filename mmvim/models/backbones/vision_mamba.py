@@ -9,7 +9,17 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mmvim.checkpoints import load_published_vim
-from mmvim.models.layers.arguments import check_arch, check_interpolation, check_numbers, image_sides
+from mmvim.models.layers.arguments import (
+    as_indices,
+    check_arch,
+    check_backend,
+    check_flags,
+    check_frozen_stages,
+    check_interpolation,
+    check_numbers,
+    check_rates,
+    image_sides,
+)
 from mmvim.models.layers.patch_embed import PatchEmbed, PositionCache, lecun_normal_, resize_pos_embed
 from mmvim.models.layers.rotary import RotaryEmbedding2d
 from mmvim.models.layers.vim_mixer import VimMixer
@@ -159,8 +169,9 @@ class VisionMamba(BaseModule):
                 "out_type='cls_token' needs a class token: set cls_token, or out_type to one of "
                 f'{tuple(t for t in self.OUT_TYPES if t != "cls_token")}'
             )
-        if not 0 <= drop_path_rate < 1:
-            raise ValueError(f'drop_path_rate must be in [0, 1), got {drop_path_rate}')
+        check_rates(drop_rate=drop_rate, drop_path_rate=drop_path_rate)
+        check_flags(divide_output=divide_output, with_cp=with_cp)
+        check_backend(scan_backend)
         self.out_type = out_type
         self.cls_layout = cls_token
         self.directions = directions
@@ -216,7 +227,7 @@ class VisionMamba(BaseModule):
         return dict(arch)
 
     def _absolute_indices(self, out_indices: int | Sequence[int]) -> tuple[int, ...]:
-        given = (out_indices,) if isinstance(out_indices, int) else tuple(out_indices)
+        given = as_indices('out_indices', out_indices)
         if self.depth == 0 and given == (-1,):
             return given
         indices = tuple(i + self.depth if i < 0 else i for i in given)
@@ -291,8 +302,7 @@ class VisionMamba(BaseModule):
         return [self.patch_embed, self.drop_after_pos, *self.layers[: self.frozen_stages]]
 
     def _freeze_stages(self) -> None:
-        if not -1 <= self.frozen_stages <= self.depth:
-            raise ValueError(f'frozen_stages must be in -1 to {self.depth}, got {self.frozen_stages}')
+        check_frozen_stages(self.frozen_stages, self.depth)
         for module in self._frozen_modules():
             module.requires_grad_(False)
         if self.frozen_stages >= 0:

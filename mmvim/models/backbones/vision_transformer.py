@@ -9,7 +9,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mmvim.checkpoints.deit import load_published_deit
-from mmvim.models.layers.arguments import check_arch, check_interpolation, check_numbers, image_sides
+from mmvim.models.layers.arguments import (
+    as_indices,
+    check_arch,
+    check_flags,
+    check_frozen_stages,
+    check_interpolation,
+    check_numbers,
+    check_rates,
+    image_sides,
+)
 from mmvim.models.layers.patch_embed import PatchEmbed, PositionCache, lecun_normal_, resize_pos_embed
 from mmvim.models.layers.transformer import Mlp, SelfAttention
 from mmvim.models.layers.windows import from_windows, to_windows
@@ -173,19 +182,17 @@ class VisionTransformer(BaseModule):
                 raise ValueError(f'{name} must be one of {legal}, got {value!r}')
         check_numbers(patch_size=patch_size, in_channels=in_channels)
         check_interpolation(interpolate_mode)
+        check_flags(with_cls_token=with_cls_token, with_cp=with_cp)
         if out_type == 'cls_token' and not with_cls_token:
             raise ValueError(
                 "out_type='cls_token' needs a class token: set with_cls_token=True, or out_type to one of "
                 f'{tuple(t for t in self.OUT_TYPES if t != "cls_token")}'
             )
-        if window_size < 0:
-            raise ValueError(f'window_size must be at least 1, or 0 for no windows, got {window_size}')
+        check_numbers(0, window_size=window_size)
         if window_size and with_cls_token:
             raise ValueError('a class token belongs to no window: set with_cls_token=False, or window_size=0')
-        if not 0 <= drop_path_rate < 1:
-            raise ValueError(f'drop_path_rate must be in [0, 1), got {drop_path_rate}')
-        if not -1 <= frozen_stages <= self.depth:
-            raise ValueError(f'frozen_stages must be in -1 to {self.depth}, got {frozen_stages}')
+        check_rates(drop_rate=drop_rate, drop_path_rate=drop_path_rate)
+        check_frozen_stages(frozen_stages, self.depth)
         self.out_type = out_type
         self.with_cls_token = with_cls_token
         self.final_norm = out_type != 'featmap' if final_norm is None else final_norm
@@ -254,7 +261,7 @@ class VisionTransformer(BaseModule):
         return arch
 
     def _absolute(self, name: str, indices: int | Sequence[int]) -> tuple[int, ...]:
-        given = (indices,) if isinstance(indices, int) else tuple(indices)
+        given = as_indices(name, indices)
         absolute = tuple(i + self.depth if i < 0 else i for i in given)
         if any(not 0 <= i < self.depth for i in absolute):
             raise ValueError(f'{name} must be within 0 to {self.depth - 1}, got {indices}')

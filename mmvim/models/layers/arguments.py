@@ -1,9 +1,10 @@
 """Checks of the arguments that several backbones share; each ends in a ValueError that names the argument."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from ssm_kernels.causal_conv1d import MAX_WIDTH, MIN_WIDTH
 
+BACKENDS = ('triton', 'numba', 'torch')
 INTERPOLATIONS = ('bicubic', 'bilinear', 'nearest', 'nearest-exact', 'area')
 
 
@@ -12,6 +13,43 @@ def check_numbers(lowest: int = 1, **arguments: object) -> None:
     for name, value in arguments.items():
         if not _is_number(value, lowest):
             raise ValueError(f'{name} must be a whole number of at least {lowest}, got {value!r}')
+
+
+def check_flags(**arguments: object) -> None:
+    """Refuse arguments that are neither True nor False; the word 'no' would count as True."""
+    for name, value in arguments.items():
+        if not isinstance(value, bool):
+            raise ValueError(f'{name} must be True or False, got {value!r}')
+
+
+def check_rates(**arguments: object) -> None:
+    """Refuse probabilities of dropping that are not in [0, 1)."""
+    for name, value in arguments.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+            raise ValueError(f'{name} must be in [0, 1), got {value!r}')
+
+
+def check_frozen_stages(value: object, highest: int) -> None:
+    """Refuse what is no whole number from -1 to ``highest``."""
+    if not _is_number(value, -1) or value > highest:
+        raise ValueError(f'frozen_stages must be in -1 to {highest}, got {value!r}')
+
+
+def check_backend(value: object) -> None:
+    """Refuse a name that no backend of ssm_kernels has."""
+    if value is not None and value not in BACKENDS:
+        raise ValueError(f'scan_backend must be None or one of {BACKENDS}, got {value!r}')
+
+
+def as_indices(name: str, value: object) -> tuple[int, ...]:
+    """One whole number, or several, as a tuple."""
+    given = (value,) if isinstance(value, int) else value
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise ValueError(f'{name} must be a whole number or several, got {value!r}')
+    given = tuple(given)
+    if not all(_is_number(index, -(2**31)) for index in given):
+        raise ValueError(f'{name} must be a whole number or several, got {value!r}')
+    return given
 
 
 def four_numbers(name: str, value: object, part: str) -> tuple[int, ...]:
@@ -30,8 +68,11 @@ def check_arch(arch: Mapping) -> None:
     if 'd_conv' in arch and not (_is_number(arch['d_conv'], MIN_WIDTH) and arch['d_conv'] <= MAX_WIDTH):
         raise ValueError(f'd_conv of arch must be {MIN_WIDTH} to {MAX_WIDTH}, got {arch["d_conv"]!r}')
     ratio = arch.get('mlp_ratio', 4)
-    if not isinstance(ratio, int | float) or ratio <= 0:
-        raise ValueError(f'mlp_ratio of arch must be a number above 0, got {ratio!r}')
+    if isinstance(ratio, bool) or not isinstance(ratio, int | float) or arch['embed_dims'] * ratio < 1:
+        raise ValueError(f'mlp_ratio of arch must be a number that gives the MLP a width of at least 1, got {ratio!r}')
+    scale = arch.get('layer_scale')
+    if scale is not None and (isinstance(scale, bool) or not isinstance(scale, int | float)):
+        raise ValueError(f'layer_scale of arch must be a number or None, got {scale!r}')
 
 
 def image_sides(img_size: object) -> tuple[int, int]:
