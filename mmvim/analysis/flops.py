@@ -160,7 +160,8 @@ class Cost:
         shape: height and width of the image, pixels.
         params: parameters of every part.
         flops: operations of every part by kind, in the order of the model.
-        tokens: of the largest scan or attention, the batch of its windows and its padding included; 0 if there is none.
+        tokens: of the largest scan or fused attention, the batch of its windows and its padding included; 0 if there
+            is none, or attention is made of matrix products.
         rois: proposals and masks that the second stage of a detector was counted for, None without one.
         fake: whether nothing was computed.
     """
@@ -282,6 +283,17 @@ def hollow(build: Callable[[], nn.Module]) -> nn.Module:
         return model._apply(lambda x: torch.empty(x.shape, dtype=x.dtype, device='cpu'))
 
 
+@contextmanager
+def _separate_operators() -> Iterator[None]:
+    """Within it PyTorch's transformer layers run operator by operator, not as one that has no formula."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
 def _count(model: nn.Module, shape: tuple[int, int], fake: bool) -> Cost:
     params = {name: sum(p.numel() for p in child.parameters()) for name, child in model.named_children()}
     params['other'] = sum(p.numel() for p in model.parameters()) - sum(params.values())
@@ -289,7 +301,13 @@ def _count(model: nn.Module, shape: tuple[int, int], fake: bool) -> Cost:
     counting = _Counting(cost)
     model.eval()
     mode = next((p.fake_mode for p in model.parameters() if hasattr(p, 'fake_mode')), None)
-    with torch.no_grad(), mode or torch.random.fork_rng(devices=[]), counting, counting.watch(model):
+    with (
+        torch.no_grad(),
+        _separate_operators(),
+        mode or torch.random.fork_rng(devices=[]),
+        counting,
+        counting.watch(model),
+    ):
         image = torch.empty(1, 3, *shape) if fake else torch.rand(1, 3, *shape)
         _forward(model, image, cost)
     names = [name for name, _ in model.named_children()] + ['other']

@@ -52,6 +52,22 @@ def test_a_count_without_values_is_mmengines(backbone):
     assert cost.total == pytest.approx(expected, rel=1e-3)
 
 
+def test_transformer_layers_of_pytorch_are_counted_in_evaluation_too():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+
+        def forward(self, image):
+            return self.layer(image.flatten(2).transpose(1, 2).repeat(1, 1, 3)[..., :8])
+
+    (cost,) = flops.count(Model, [(4, 4)])
+    tokens = 16
+    assert cost.flops['layer']['linear'] == tokens * (4 * 8 * 8 + 2 * 8 * 16)
+    assert cost.flops['layer']['attention'] == 2 * tokens**2 * 8
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
 def test_both_kinds_of_attention_cost_the_same():
     def build(attention):
         arch = dict(embed_dims=32, depth=2, num_heads=2)
