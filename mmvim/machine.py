@@ -34,13 +34,20 @@ def versions() -> dict[str, str]:
             found[package] = version(package)
         except PackageNotFoundError:
             continue
-    root = Path(__file__).resolve().parents[1]
+    return found | {'commit': _commit(Path(__file__).resolve().parents[1]) or 'unknown'}
+
+
+def _commit(root: Path) -> str:
+    """Commit of a checkout with this root; empty if it is none, also inside of somebody else's."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(['git', *arguments], cwd=root, capture_output=True, text=True).stdout.strip()
+
     try:
-        git = subprocess.run(['git', 'describe', '--always', '--dirty'], cwd=root, capture_output=True, text=True)
-        commit = git.stdout.strip()
+        top = git('rev-parse', '--show-toplevel')
+        return git('describe', '--always', '--dirty') if top and Path(top).resolve() == root.resolve() else ''
     except OSError:  # no git here
-        commit = ''
-    return found | {'commit': commit or 'unknown'}
+        return ''
 
 
 def forget_peak() -> float:

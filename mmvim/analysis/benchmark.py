@@ -6,21 +6,26 @@ import argparse
 import csv
 import dataclasses
 import gc
+import hashlib
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from pathlib import Path
 
 import torch
 from mmengine.utils import ProgressBar
 from torch import Tensor, nn
 
+from mmvim.analysis.flops import hollow
 from mmvim.compat.lookup import HOSTS
-from mmvim.errors import ConfigError, InputError
+from mmvim.compat.types import kind_of
+from mmvim.errors import ConfigError, DataError, InputError
 from mmvim.machine import (
     device_name,
     forget_peak,
@@ -33,6 +38,10 @@ from mmvim.machine import (
 WARM_UP_SIZE = 224  # pixels of the pass whose memory counts as the process's own
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 ROWS, TABLE, PLOTS = 'benchmark.json', 'benchmark.csv', ('speed', 'memory')
+# What rows must share to be compared.
+SETTINGS = ('device', 'dtype', 'mode', 'threads', 'autocast', 'warmup', 'repeats')
+CELL = dict(resolution=int, batch_size=int, fpn=bool)
+RATIOS = ('baseline', 'speed_ratio', 'memory_ratio')
 
 
 def _plain(kind: str, **options) -> dict:
@@ -61,7 +70,7 @@ def _is_registered(name: str) -> bool:
         except ImportError as error:
             raise ConfigError(f'{name}: timm is not installed (pip install timm)') from error
         return timm.is_model(kind)
-    if scope not in (*HOSTS, 'mmvim'):
+    if scope not in (*HOSTS, 'mmvim') or not kind:
         return False
     from mmengine.registry import MODELS
 
@@ -91,14 +100,19 @@ class Cell:
     batch_size: int
     fpn: bool
 
+    @property
+    def work(self) -> int:
+        """What the progress bar counts for a model: about the pixels."""
+        return -(-self.batch_size * self.resolution**2 // 1000)
 
-def model_config(spec: str, attention: str) -> tuple[str, dict, dict | None, str | None]:
+
+def model_config(spec: str, attention: str) -> tuple[str, dict, dict | list | None, str | None]:
     """What a model's name or config file stands for.
 
     Args:
         spec: a name of ``named_models``, with options behind a colon ('deit-tiny:attention=materialized'), a backbone
-            of a host or of timm with its options ('mmdet.ResNet:depth=50', 'timm.swin_tiny_patch4_window7_224'), or
-            the path of a config.
+            of a host or of timm with its options ('mmdet.ResNet:depth=50,out_indices=(2,3)'), or the path of a config,
+            also one of a host ('mmdet::retinanet/retinanet_r50_fpn_1x_coco.py').
         attention: 'sdpa' or 'materialized', for models that have the choice and do not name it.
 
     Returns:
@@ -107,59 +121,101 @@ def model_config(spec: str, attention: str) -> tuple[str, dict, dict | None, str
     Raises:
         ConfigError: if there is no such model.
     """
-    from mmengine.config import Config, DictAction
-
-    name, _, text = spec.partition(':')
+    name, *options = re.split('(?<!:):(?!:)', spec, maxsplit=1)
     if name.endswith('.py'):
-        from mmvim.cli import find_config
-        from mmvim.engine.complete import complete_config
-
-        cfg = Config.fromfile(find_config(name))
-        complete_config(cfg)
-        model = cfg.model
-        if 'backbone' not in model:
-            raise ConfigError(f'{name}: its model has no backbone to measure')
-        backbone, neck, scope = dict(model.backbone), model.get('neck'), cfg.get('default_scope')
-        label = Path(name).stem
+        backbone, neck, scope = _parts_of_config(name)
+        label = ':'.join([Path(name).stem, *options])
     elif name in named_models():
         backbone, neck, scope, label = named_models()[name], None, None, spec
-    elif _is_registered(name):
+    elif '::' not in name and _is_registered(name):
         backbone, neck, scope, label = dict(type=name), None, None, spec
     else:
         raise ConfigError(
-            f"unknown model '{spec}': give the path of a config (.py), a host's backbone (mmdet.ResNet:depth=50), one "
-            f'of timm (timm.convnext_tiny), or one of {", ".join(named_models())}'
+            f"unknown model '{spec}': give the path of a config (.py), a host's config "
+            f"(mmdet::retinanet/retinanet_r50_fpn_1x_coco.py), a host's backbone (mmdet.ResNet:depth=50), one of timm "
+            f'(timm.convnext_tiny), or one of {", ".join(named_models())}'
         )
-    for option in filter(None, text.split(',')):
-        key, _, value = option.partition('=')
-        backbone[key] = DictAction._parse_int_float_bool(value)
+    backbone |= _options(spec, *options)
     backbone.pop('init_cfg', None)
-    if backbone['type'] == 'mmvim.VisionTransformer':
-        backbone.setdefault('attention', attention)
-        if 'attention' not in text and not name.endswith('.py'):
-            label = f'{label} ({backbone["attention"]})'
+    if _is_ours(backbone, 'VisionTransformer') and 'attention' not in backbone:
+        backbone['attention'] = attention
+        label = f'{label} ({attention})'
     return label, backbone, neck, scope
 
 
-def build(backbone: dict, neck: dict | None, scope: str | None, fpn: bool, resolution: int) -> nn.Module:
+def _parts_of_config(path: str) -> tuple[dict, dict | list | None, str | None]:
+    """Backbone, neck and default scope of a config file; a neck that only averages is no neck here."""
+    from mmengine.config import Config
+
+    from mmvim.cli import load_config
+    from mmvim.engine.complete import complete_config
+
+    if '::' in path:
+        try:
+            cfg = Config.fromstring(f'_base_ = {path!r}', '.py')
+        except Exception as error:
+            raise ConfigError(f"config '{path}' cannot be read: {_line(error)}; check host and path") from error
+    else:
+        cfg = load_config(argparse.Namespace(config=path, cfg_options={}, launcher='none', work_dir=os.devnull))
+    try:
+        complete_config(cfg)
+    except DataError:  # classes, which are no matter of the backbone
+        pass
+    model = cfg.get('model') or {}
+    if not kind_of(model.get('backbone') or {}):
+        raise ConfigError(f'{path}: its model has no backbone to measure')
+    neck = model.get('neck')
+    if isinstance(neck, dict) and kind_of(neck) == 'GlobalAveragePooling':
+        neck = None
+    return dict(model.backbone), neck, cfg.get('default_scope')
+
+
+def _options(spec: str, text: str = '') -> dict:
+    """KEY=VALUE,KEY=VALUE as a dict; values may have commas of their own."""
+    from mmengine.config import DictAction
+
+    found = {}
+    for option in re.split(r',(?=\w+=)', text) if text else ():
+        key, equals, value = option.partition('=')
+        if not key or not equals:
+            raise ConfigError(f"model '{spec}': '{option}' is no KEY=VALUE, such as mmdet.ResNet:depth=50")
+        if any(value.count(left) != value.count(right) for left, right in ('()', '[]')):
+            raise ConfigError(f"model '{spec}': the brackets of '{option}' do not match")
+        found[key] = DictAction._parse_iterable(value)
+    if isinstance(found.get('out_indices'), int):
+        found['out_indices'] = (found['out_indices'],)
+    return found
+
+
+def _is_ours(backbone: dict, *kinds: str) -> bool:
+    kind = backbone['type']
+    return (kind if isinstance(kind, str) else kind.__module__).startswith('mmvim.') and kind_of(backbone) in kinds
+
+
+def _line(error: Exception) -> str:
+    """First line of an error's text."""
+    return (str(error).strip().splitlines() or [repr(error)])[0]
+
+
+def build(backbone: dict, neck: dict | list | None, scope: str | None, fpn: bool, resolution: int) -> nn.Module:
     """The backbone for images of this side, with its pyramid if asked.
 
     Raises:
         InputError: if the model cannot be built, or not for this resolution.
+        MemoryError, RuntimeError: if there is not enough memory for it.
     """
     from mmengine.registry import MODELS, init_default_scope
 
     import mmvim.registry  # noqa: F401
 
     init_default_scope(scope or 'mmengine')
-    backbone = dict(backbone)
-    if backbone['type'] in ('mmvim.VisionMamba', 'mmvim.VisionTransformer'):
+    backbone, name = deepcopy(backbone), kind_of(backbone)
+    if _is_ours(backbone, 'VisionMamba', 'VisionTransformer'):
         backbone['img_size'] = resolution
     try:
         torch.manual_seed(0)
-        if backbone['type'].startswith('timm.'):
-            name = backbone.pop('type')
-            model = _timm_model(name.removeprefix('timm.'), resolution, fpn, backbone)
+        if str(backbone['type']).startswith('timm.'):
+            model = _timm_model(backbone.pop('type').removeprefix('timm.'), resolution, fpn, backbone)
         else:
             model = MODELS.build(backbone)
         if not fpn:
@@ -170,9 +226,12 @@ def build(backbone: dict, neck: dict | None, scope: str | None, fpn: bool, resol
                 neck = dict(type='mmvim.SimpleFPN', in_channels=channels[0], out_channels=256, num_outs=5)
             else:
                 neck = dict(type='mmdet.FPN', in_channels=channels, out_channels=256, num_outs=5)
-        return nn.Sequential(model, MODELS.build(dict(neck)))
-    except (TypeError, ValueError, KeyError) as error:
-        raise InputError(f'{backbone["type"]} at {resolution} px: {error}') from error
+        return nn.Sequential(model, MODELS.build(deepcopy(neck)))
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        with_neck = ' with a pyramid' * fpn
+        raise InputError(f'{name}{with_neck} at {resolution} px cannot be built: {_line(error)}') from error
 
 
 @torch.inference_mode()
@@ -212,38 +271,55 @@ class Sweep:
 
     Args:
         args: the command line of tools/benchmark.py.
+        check: whether earlier rows are read and every model is tried at every resolution.
 
     Raises:
         InputError: before anything is measured, if a model, device, resolution or file cannot be used.
     """
 
-    def __init__(self, args: argparse.Namespace) -> None:
+    def __init__(self, args: argparse.Namespace, check: bool = True) -> None:
         self.args = args
+        if not args.models:
+            raise InputError('nothing to measure: name a model')
+        for name, values, least in (
+            ('--resolutions', args.resolutions, 1),
+            ('--batch-sizes', args.batch_sizes, 1),
+            ('--repeats', [args.repeats], 1),
+            ('--warmup', [args.warmup], 0),
+            ('--threads', [1 if args.threads is None else args.threads], 1),
+        ):
+            if min(values) < least:
+                raise InputError(f'{name}: {min(values)} is not {"positive" if least else "zero or more"}')
         self.device = find_device(args.device)
         if args.threads:
             torch.set_num_threads(args.threads)
-        attentions = ('sdpa', 'materialized') if args.attention == 'both' else (args.attention,)
-        self.models = {}
-        for attention in attentions:
-            for spec in args.models:
-                label, *rest = model_config(spec, attention)
-                self.models[label] = (spec, attention, *rest)
+        self.models = self._find_models()
         self.baseline = self._find_baseline(args.baseline)
         self.cells = [
             Cell(resolution, batch, fpn)
             for fpn in {'no': (False,), 'yes': (True,), 'both': (False, True)}[args.fpn]
-            for resolution in args.resolutions
-            for batch in args.batch_sizes
+            for resolution in dict.fromkeys(args.resolutions)
+            for batch in dict.fromkeys(args.batch_sizes)
         ]
-        if not self.cells or not self.models:
-            raise InputError('nothing to measure: --models, --resolutions and --batch-sizes need a value each')
-        for name, values in (('--resolutions', args.resolutions), ('--batch-sizes', args.batch_sizes)):
-            if min(values) < 1:
-                raise InputError(f'{name}: {min(values)} is not positive')
-        for label in self.models:
-            self._can_take(label, min(args.resolutions))
-        self.out = Path(args.out)
-        self.rows = self._earlier_rows()
+        if check:
+            self.out = Path(args.out)
+            self.rows = self._earlier_rows()
+            for label in self.models:
+                for resolution, fpn in dict.fromkeys((cell.resolution, cell.fpn) for cell in self.cells):
+                    self._can_take(label, resolution, fpn)
+
+    def _find_models(self) -> dict[str, tuple]:
+        """By label what starts a model again, spec and attention, and its config."""
+        found = {}
+        for attention in ('sdpa', 'materialized') if self.args.attention == 'both' else (self.args.attention,):
+            for spec in self.args.models:
+                label, *config = model_config(spec, attention)
+                known = found.setdefault(label, (spec, attention, *config))
+                if list(known[2:]) != config:
+                    raise InputError(
+                        f"models '{known[0]}' and '{spec}' would both be called '{label}': rename one of the files"
+                    )
+        return found
 
     def _find_baseline(self, name: str | None) -> str:
         if name is None:
@@ -253,29 +329,65 @@ class Sweep:
             raise InputError(f'--baseline {name}: not one of the measured models {", ".join(self.models)}')
         return found[0]
 
-    def _can_take(self, label: str, resolution: int) -> None:
-        """Builds the model; for a small image it also makes a pass, as that is where models fail."""
+    def _can_take(self, label: str, resolution: int, fpn: bool) -> None:
+        """Makes a pass without values, or for models that look at values a real one."""
         _, _, *config = self.models[label]
-        model = build(*config, False, resolution)
-        if resolution >= WARM_UP_SIZE:
-            return
+        shape = min(self.args.batch_sizes), 3, resolution, resolution
+
+        def make() -> nn.Module:
+            return build(*config, fpn, resolution)
+
+        def trial(model: nn.Module) -> None:
+            x = torch.ones(shape)
+            model.train(self.args.train)
+            if fpn:
+                model, neck = model
+                x = model(x)
+                if any(y.ndim != 4 for y in (x if isinstance(x, tuple | list) else (x,))):
+                    raise ValueError(
+                        "the backbone gives no maps for --fpn, see its options (ours: ':out_type=featmap')"
+                    )
+                model = neck
+            model(x)
+
         try:
-            model.eval()
-            with torch.inference_mode():
-                model(torch.randn(1, 3, resolution, resolution))
-        except (RuntimeError, ValueError) as error:
-            raise InputError(f'{label} cannot take images of {resolution} px (--resolutions): {error}') from error
+            model = hollow(make)
+            with torch.no_grad(), next(model.parameters()).fake_mode:
+                trial(model)
+            return
+        except Exception:  # of the model or of the pass without values: a real one tells
+            pass
+        try:
+            with torch.no_grad():
+                trial(make())
+        except InputError as error:
+            raise InputError(f'{label}: {error}') from error
+        except Exception as error:
+            if not out_of_memory(error):  # which is a result
+                raise InputError(f'{label} cannot take images of {resolution} px: {_line(error)}') from error
 
     def _earlier_rows(self) -> list[dict]:
         path = self.out / ROWS
+        existing = next(folder for folder in (self.out.absolute(), *self.out.absolute().parents) if folder.exists())
+        if not existing.is_dir():
+            raise InputError(f'--out {self.out}: {existing} is a file; give a folder')
         if not path.exists():
             return []
         if not self.args.resume:
             raise InputError(f'{path} exists: go on with it by --resume, or give another folder by --out')
         try:
             rows = json.loads(path.read_text())
-        except ValueError as error:
-            raise InputError(f'{path} is no JSON ({error}): remove it, or give another folder by --out') from error
+            for row in rows:
+                if not isinstance(row['model'], str) or any(type(row[name]) is not kind for name, kind in CELL.items()):
+                    raise ValueError('a row has another type than was written')
+                if not all(isinstance(row.get(name), int | float | None) for name in ('latency_ms', 'memory_mib')):
+                    raise ValueError('a figure is no number')
+            if not isinstance(rows, list):
+                raise ValueError('not a list of rows')
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise InputError(
+                f'{path} holds no rows of this tool ({_line(error)}): remove it, or give another folder by --out'
+            ) from error
         return rows
 
     def settings(self) -> dict:
@@ -286,32 +398,61 @@ class Sweep:
             dtype=args.dtype,
             mode='training' if args.train else 'inference',
             threads=torch.get_num_threads(),
+            autocast=not args.no_autocast,
+            warmup=args.warmup,
+            repeats=args.repeats,
         )
+
+    def _config(self, label: str) -> str:
+        """Few letters that change with the model's config."""
+        text = json.dumps(self.models[label][2:], sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def present(self, rows: list[dict]) -> list[dict]:
+        """Rows of the present settings and of the present configs of the models."""
+        settings = self.settings()
+        configs = {label: self._config(label) for label in self.models}
+        return [
+            row
+            for row in rows
+            if all(row.get(name) == value for name, value in settings.items())
+            and configs.get(row['model']) in (None, row.get('config'))
+        ]
 
     def run(self) -> list[dict]:
         """Measures what is missing and returns all rows; files and plots are up to date after every cell."""
         settings = self.settings()
         about = settings | versions()
 
-        def key(row: dict) -> tuple:
-            return (row['model'], *(row[name] for name in ('resolution', 'batch_size', 'fpn', *settings)))
+        def place(row: dict) -> tuple:
+            return (row['model'], *(row.get(name) for name in (*CELL, *settings)))
 
-        done = {key(row) for row in self.rows}
+        done = {
+            place(row)
+            for row in self.present(self.rows)
+            if (row.get('latency_ms') or row.get('error')) and (self.args.no_memory or 'memory_mib' in row)
+        }
         missing = []
         for cell in self.cells:
-            labels = [m for m in self.models if key(dict(model=m) | dataclasses.asdict(cell) | settings) not in done]
+            labels = [m for m in self.models if place(dict(model=m) | dataclasses.asdict(cell) | settings) not in done]
             if labels:
                 missing.append((cell, labels))
         print(
             f'{len(missing)} of {len(self.cells)} cells to measure: ' + ', '.join(f'{k} {v}' for k, v in about.items())
         )
-        self.out.mkdir(parents=True, exist_ok=True)
-        bar = ProgressBar(len(missing)) if missing else None
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f'--out {self.out}: {error.strerror}; give another folder') from error
+        bar = (
+            ProgressBar(sum(cell.work * len(labels) for cell, labels in missing), file=sys.stdout) if missing else None
+        )
         for cell, labels in missing:
             for row in self._measure(cell, labels):
-                self.rows.append(about | dataclasses.asdict(cell) | row)
+                row = about | dataclasses.asdict(cell) | row | dict(config=self._config(row['model']))
+                self.rows = [other for other in self.rows if place(other) != place(row)] + [row]
+                bar.update(cell.work)
             self._write()
-            bar.update()
         if bar is not None:
             print()
         self._write()
@@ -356,6 +497,12 @@ class Sweep:
     def _times(self, cell: Cell, labels: list[str]) -> tuple[dict[str, list[float]], dict[str, str]]:
         """Seconds of every repeat; the models take turns, after warm-up calls of their own."""
         calls, times, failed = {}, {}, {}
+
+        def fail(label: str) -> None:
+            failed[label] = 'out of memory'
+            calls.pop(label, None)
+            times.pop(label, None)
+
         for label in labels:
             try:
                 calls[label] = self._call(cell, label)
@@ -364,15 +511,20 @@ class Sweep:
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error):
                     raise
-                calls.pop(label, None)
-                failed[label] = 'out of memory'
+                fail(label)
         for _ in range(self.args.repeats):
-            for label, call in calls.items():
-                synchronize(self.device)
-                start = time.perf_counter()
-                call()
-                synchronize(self.device)
-                times.setdefault(label, []).append(time.perf_counter() - start)
+            for label, call in list(calls.items()):
+                try:
+                    synchronize(self.device)
+                    start = time.perf_counter()
+                    call()
+                    synchronize(self.device)
+                    times.setdefault(label, []).append(time.perf_counter() - start)
+                except (RuntimeError, MemoryError) as error:
+                    if not out_of_memory(error):
+                        raise
+                    fail(label)
+                call = None  # or a failed model stays in memory
         calls.clear()
         gc.collect()
         if self.device.type == 'cuda':
@@ -380,13 +532,17 @@ class Sweep:
         return times, failed
 
     def _memory(self, cell: Cell, label: str) -> float | None:
-        """Peak MiB of one call, None if there was not enough memory. On a CPU a process of its own is measured."""
+        """Peak MiB of one call over what was there before it, None if there was not enough memory.
+
+        On a CPU a process of its own is measured.
+        """
         if self.device.type == 'cuda':
             try:
                 call = self._call(cell, label)
                 torch.cuda.reset_peak_memory_stats(self.device)
+                before = torch.cuda.memory_allocated(self.device)
                 call()
-                return torch.cuda.max_memory_allocated(self.device) / 2**20
+                return (torch.cuda.max_memory_allocated(self.device) - before) / 2**20
             except torch.OutOfMemoryError:
                 return None
             finally:
@@ -429,34 +585,39 @@ class Sweep:
             writer = csv.DictWriter(file, names)
             writer.writeheader()
             writer.writerows(rows)
-        draw(rows, self.out)
+        draw(self.present(rows), self.out)
 
 
 def add_ratios(rows: list[dict], baseline: str) -> list[dict]:
     """Rows with 'speed_ratio' and 'memory_ratio', the model's speed and memory over the baseline's in the same cell."""
-    place = ('resolution', 'batch_size', 'fpn', 'device', 'dtype', 'mode', 'threads')
-    base = {tuple(row[name] for name in place): row for row in rows if row['model'] == baseline}
+    place = (*CELL, *SETTINGS)
+    base = {tuple(row.get(name) for name in place): row for row in rows if row['model'] == baseline}
     found = []
     for row in rows:
-        other = base.get(tuple(row[name] for name in place), {})
+        other = base.get(tuple(row.get(name) for name in place), {})
         ratios = {}
         if row.get('latency_ms') and other.get('latency_ms'):
             ratios['speed_ratio'] = other['latency_ms'] / row['latency_ms']
-        if row.get('memory_mib') and other.get('memory_mib'):
+        if _value(row, 'memory_mib') and _value(other, 'memory_mib'):
             ratios['memory_ratio'] = row['memory_mib'] / other['memory_mib']
-        found.append(row | dict(baseline=baseline) | ratios)
+        kept = {name: value for name, value in row.items() if name not in RATIOS}
+        found.append(kept | dict(baseline=baseline) | ratios)
     return found
 
 
-def curves(rows: list[dict], value: str) -> dict[tuple[str, bool, int], list[tuple[int, float]]]:
-    """Points (resolution, value) for each model, with or without pyramid, and batch size, in order of the resolution.
+def _value(row: dict, name: str) -> float | None:
+    """A figure of a row; memory that was measured above that of a pass at some size is one at larger sizes alone."""
+    value = row.get(name)
+    if not value or value < 0 or (name == 'memory_mib' and row['resolution'] <= row.get('memory_above_px', 0)):
+        return None
+    return value
 
-    Memory that was measured above that of a pass at some size has points at larger sizes alone.
-    """
+
+def curves(rows: list[dict], value: str) -> dict[tuple[str, bool, int], list[tuple[int, float]]]:
+    """Points (resolution, value) for each model, with or without pyramid, and batch size, by the resolution."""
     lines: dict[tuple[str, bool, int], list[tuple[int, float]]] = {}
     for row in sorted(rows, key=lambda row: row['resolution']):
-        nothing = value == 'memory_mib' and row['resolution'] <= row.get('memory_above_px', 0)
-        if (row.get(value) or 0) > 0 and not nothing:
+        if _value(row, value):
             key = row['model'], row['fpn'], row['batch_size']
             lines.setdefault(key, []).append((row['resolution'], row[value]))
     return lines
@@ -474,6 +635,8 @@ def draw(rows: list[dict], folder: Path) -> None:
     ):
         lines = curves(rows, value)
         if not lines:
+            for suffix in ('png', 'svg'):  # of other settings
+                (folder / f'{name}.{suffix}').unlink(missing_ok=True)
             continue
         figure = Figure(figsize=(7, 4.5), layout='constrained')
         axes = figure.add_subplot()
@@ -539,7 +702,13 @@ def parser() -> argparse.ArgumentParser:
     add('--threads', type=int, help='CPU threads (default: what PyTorch chooses)')
     add('--warmup', type=int, default=1, help='calls before timing (default: %(default)s)')
     add('--repeats', type=int, default=5, help='timed calls (default: %(default)s)')
-    add('--no-memory', action='store_true', help='leave out memory')
+    add(
+        '--no-memory',
+        action='store_true',
+        help='leave out memory: the peak during a call over what was there just before, so without model and image; '
+        f"on a GPU by PyTorch's allocator, on a CPU by the resident set of a process of its own after a pass at "
+        f'{WARM_UP_SIZE} px, which says something at larger sizes alone',
+    )
     add('--out', default='work_dirs/benchmark', help='folder of the results (default: %(default)s)')
     add('--resume', action='store_true', help='keep what an earlier run measured and go on')
     return parser
@@ -565,11 +734,10 @@ def main(args: argparse.Namespace) -> None:
     """Runs a sweep and says where its files are."""
     sweep = Sweep(args)
     rows = add_ratios(sweep.run(), sweep.baseline)
-    print(summary(rows))
-    print(f'{sweep.out}: {ROWS}, {TABLE}, ' + ', '.join(f'{name}.png, {name}.svg' for name in PLOTS))
+    print(summary(sweep.present(rows)))
+    files = [ROWS, TABLE, *(f'{name}.{suffix}' for name in PLOTS for suffix in ('png', 'svg'))]
+    print(f'{sweep.out}: ' + ', '.join(file for file in files if (sweep.out / file).exists()))
 
 
 if __name__ == '__main__':  # the process whose memory a sweep measures
-    arguments = parser().parse_args()
-    arguments.out = os.devnull
-    print(Sweep(arguments).memory_here())
+    print(Sweep(parser().parse_args(), check=False).memory_here())

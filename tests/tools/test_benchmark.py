@@ -2,9 +2,12 @@
 
 import csv
 import json
+import subprocess
 
 import pytest
+import torch
 
+from mmvim import machine
 from mmvim.analysis import benchmark
 from mmvim.errors import ConfigError, InputError
 
@@ -36,7 +39,7 @@ def test_rows_files_and_plots(configs, tmp_path, capsys):
     benchmark.main(benchmark.parser().parse_args([str(a) for a in (*arguments, '--no-memory')]))
     rows = json.loads((out / 'benchmark.json').read_text())
     assert {(r['model'], r['resolution'], r['fpn']) for r in rows} == {
-        (model, size, fpn) for model in ('small_vim', 'small_deit') for size in (32, 48) for fpn in (False, True)
+        (model, size, fpn) for model in ('small_vim', 'small_deit (sdpa)') for size in (32, 48) for fpn in (False, True)
     }
     for row in rows:
         assert 0 < row['fastest_ms'] <= row['latency_ms'] <= row['slowest_ms']
@@ -85,10 +88,83 @@ def test_a_broken_sweep_goes_on(configs, tmp_path):
     assert [(r['model'], r['resolution']) for r in again] == [(r['model'], r['resolution']) for r in whole]
 
 
-def test_training_in_bfloat16(configs, tmp_path):
+@pytest.mark.parametrize(
+    'change', [['--no-autocast'], ['--warmup', 2], ['--dtype', 'bfloat16'], ['--train'], 'config', 'unfinished']
+)
+def test_other_settings_are_measured_anew(configs, tmp_path, change):
+    out = tmp_path / 'out'
+    arguments = [configs[0], '--resolutions', 32, 32, '--repeats', 1, '--no-memory', '--out', out]
+    (first,) = sweep(*arguments).run()
+    arguments.append('--resume')
+    if change == 'config':
+        (tmp_path / 'small_vim.py').write_text(
+            (tmp_path / 'small_vim.py').read_text().replace("'depth': 2", "'depth': 1")
+        )
+    elif change == 'unfinished':
+        (out / 'benchmark.json').write_text(json.dumps([first | dict(latency_ms=None)]))
+    else:
+        arguments += change
+    again = sweep(*arguments)
+    rows = again.run()
+    assert again.present(rows) == rows[-1:] and rows[-1]['latency_ms'] != first['latency_ms']
+    assert len(rows) == 2 if isinstance(change, list) else len(rows) == 1
+    assert sweep(*arguments).run()[-1]['latency_ms'] == rows[-1]['latency_ms']
+
+
+def test_memory_is_measured_after_a_run_without(configs, tmp_path):
+    arguments = [configs[0], '--resolutions', 32, '--repeats', 1, '--out', tmp_path / 'out']
+    (row,) = sweep(*arguments, '--no-memory').run()
+    assert 'memory_mib' not in row
+    (row,) = sweep(*arguments, '--resume').run()
+    assert row['memory_mib'] is not None
+
+
+@pytest.mark.parametrize('text', ['{}', '3', '[3]', '[{"model": "x"}]', '[{"model"'])
+def test_rows_that_cannot_be_read(configs, tmp_path, text):
+    (tmp_path / 'benchmark.json').write_text(text)
+    with pytest.raises(InputError, match=r'benchmark\.json holds no rows of this tool .* remove it'):
+        sweep(configs[0], '--resolutions', 32, '--resume', '--out', tmp_path)
+
+
+def test_out_that_is_a_file(configs, tmp_path):
+    with pytest.raises(InputError, match=r'--out .*small_vim\.py/a: .*small_vim\.py is a file'):
+        sweep(configs[0], '--resolutions', 32, '--out', tmp_path / 'small_vim.py' / 'a')
+
+
+def test_ratios_are_those_of_the_baseline_in_the_cell():
+    def row(model, resolution=512, **values):
+        return dict(model=model, resolution=resolution, batch_size=1, fpn=False, **values)
+
+    rows = [
+        row('a', latency_ms=2.0, memory_mib=10.0, memory_above_px=224, speed_ratio=7.0, memory_ratio=7.0),
+        row('b', latency_ms=1.0, memory_mib=30.0, memory_above_px=224, baseline='a'),
+        row('b', 640, latency_ms=1.0, memory_mib=30.0, memory_above_px=224, speed_ratio=7.0, memory_ratio=7.0),
+        row('b', dtype='float16', latency_ms=1.0, speed_ratio=7.0),
+        row('a', 224, latency_ms=1.0, memory_mib=2.0, memory_above_px=224),
+        row('b', 224, latency_ms=1.0, memory_mib=1.0, memory_above_px=224),
+    ]
+    found = benchmark.add_ratios(rows, 'a')
+    assert [(r.get('speed_ratio'), r.get('memory_ratio')) for r in found] == [
+        (1, 1), (2, 3), (None, None), (None, None), (1, None), (1, None),
+    ]  # fmt: skip
+    assert {r['baseline'] for r in found} == {'a'}
+
+
+def test_training_in_bfloat16(configs, tmp_path, monkeypatch):
+    seen, build = set(), benchmark.build
+
+    def watched(*args):
+        model = build(*args)
+        linear = next(module for module in model.modules() if isinstance(module, torch.nn.Conv2d))
+        linear.register_forward_hook(lambda module, args, y: seen.add((module.weight.dtype, y.dtype)))
+        return model
+
+    monkeypatch.setattr(benchmark, 'build', watched)
+    monkeypatch.setattr(benchmark.Sweep, '_can_take', lambda *args: None)
     arguments = ['--resolutions', 32, '--repeats', 1, '--no-memory', '--train', '--dtype', 'bfloat16']
     (row,) = sweep(configs[0], *arguments, '--out', tmp_path / 'out').run()
     assert row['mode'] == 'training' and row['dtype'] == 'bfloat16' and row['latency_ms'] > 0
+    assert seen == {(torch.float32, torch.bfloat16)}  # autocast, with parameters in float32
 
 
 def test_memory_of_a_process_of_its_own(configs, tmp_path):
@@ -107,10 +183,69 @@ def test_memory_that_does_not_suffice_is_recorded(configs, tmp_path, monkeypatch
     assert row['error'] == 'out of memory' and 'latency_ms' not in row
 
 
+def test_memory_that_does_not_suffice_later_leaves_the_other_models(configs, tmp_path, monkeypatch):
+    runner = benchmark.runner
+
+    def refusing(model, *args):
+        call, calls = runner(model, *args), []
+
+        def third_fails():
+            calls.append(1)
+            if type(model).__name__ == 'VisionMamba' and len(calls) == 3:
+                raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+            call()
+
+        return third_fails
+
+    monkeypatch.setattr(benchmark, 'runner', refusing)
+    arguments = ['--resolutions', 32, '--repeats', 3, '--no-memory', '--out', tmp_path / 'out']
+    vim, deit = sweep(*configs, *arguments).run()
+    assert vim['error'] == 'out of memory' and 'latency_ms' not in vim
+    assert deit['error'] is None and deit['latency_ms'] > 0
+
+
+def test_progress_counts_work(configs, tmp_path, capsys):
+    arguments = ['--resolutions', 32, 320, '--repeats', 1, '--no-memory', '--out', tmp_path / 'out']
+    sweep(configs[1], *arguments).run()
+    assert '] 2/105,' in capsys.readouterr().out  # thousands of pixels
+
+
+def test_commit_is_that_of_the_own_checkout(tmp_path):
+    def git(*arguments):
+        subprocess.run(['git', '-c', 'user.name=a', '-c', 'user.email=a', *arguments], cwd=tmp_path, check=True)
+
+    git('init', '-q')
+    git('commit', '-q', '--allow-empty', '-m', 'first')
+    (tmp_path / 'site-packages').mkdir()
+    assert machine._commit(tmp_path)
+    assert machine._commit(tmp_path / 'site-packages') == ''
+
+
 def test_both_kinds_of_attention_by_name(tmp_path):
-    found = sweep('vim-tiny', 'deit-tiny', '--attention', 'both', '--baseline', 'deit-tiny', '--out', tmp_path / 'out')
+    arguments = ['--attention', 'both', '--baseline', 'deit-tiny', '--resolutions', 32, '--out', tmp_path / 'out']
+    found = sweep('vim-tiny', 'deit-tiny', *arguments)
     assert list(found.models) == ['vim-tiny', 'deit-tiny (sdpa)', 'deit-tiny (materialized)']
     assert found.baseline == 'deit-tiny (sdpa)'
+
+
+def test_labels_tell_models_apart(configs, tmp_path):
+    def labels(*arguments):
+        return list(sweep(*arguments, '--resolutions', 32, '--out', tmp_path / 'out').models)
+
+    vim, deit = configs
+    kinds = [f'{deit}:attention={kind}' for kind in ('sdpa', 'materialized')]
+    assert labels(deit, '--attention', 'both') == ['small_deit (sdpa)', 'small_deit (materialized)']
+    assert labels(*kinds, '--attention', 'both') == [
+        'small_deit:attention=sdpa',
+        'small_deit:attention=materialized',
+    ]
+    other = tmp_path / 'other' / 'small_vim.py'
+    other.parent.mkdir()
+    other.write_text((tmp_path / 'small_vim.py').read_text())
+    assert labels(vim, other, vim) == ['small_vim']
+    other.write_text(other.read_text().replace("'depth': 2", "'depth': 1"))
+    with pytest.raises(InputError, match="would both be called 'small_vim'"):
+        labels(vim, other)
 
 
 @pytest.mark.parametrize(
@@ -122,13 +257,70 @@ def test_both_kinds_of_attention_by_name(tmp_path):
         (['vim-tiny', '--resolutions', '0'], '--resolutions: 0 is not positive'),
         (['vim-tiny', '--batch-sizes', '-1'], '--batch-sizes: -1 is not positive'),
         (['vim-tiny', '--baseline', 'deit-tiny'], '--baseline deit-tiny: not one of the measured models vim-tiny'),
-        (['vim-tiny:depth=3'], 'mmvim.VisionMamba at 224 px: .*depth'),
+        (['vim-tiny', '--repeats', '0'], '--repeats: 0 is not positive'),
+        (['vim-tiny', '--warmup', '-1'], '--warmup: -1 is not zero or more'),
+        (['vim-tiny', '--threads', '0'], '--threads: 0 is not positive'),
+        (['vim-tiny', '--threads', '-1'], '--threads: -1 is not positive'),
+        (['vim-tiny:depth=3'], 'VisionMamba at 224 px cannot be built: .*depth'),
+        (['vim-tiny:depth'], "'depth' is no KEY=VALUE"),
+        (['mmdet.ResNet:depth=18,out_indices=(2'], 'brackets of .* do not match'),
+        (['mmdet'], "unknown model 'mmdet'"),
+        (['mmdet::no/such.py'], "config 'mmdet::no/such.py' cannot be read: .*check host and path"),
+        (['mmpretrain.VisionTransformer:arch=foo'], 'VisionTransformer at 224 px cannot be built: .*foo'),
+        (['mmpretrain.MixMIMTransformer', '--resolutions', '224', '256'], 'MixMIMTransformer.* of 256 px: '),
+        (['vim-tiny:out_type=avg_featmap', '--fpn', 'yes'], 'no maps for --fpn'),
     ],
 )
 def test_bad_input_ends_before_anything_is_measured(arguments, message, tmp_path):
     with pytest.raises(InputError, match=message):
         sweep(*arguments, '--out', tmp_path / 'out')
     assert not (tmp_path / 'out').exists()
+
+
+def test_configs_that_cannot_be_read(tmp_path):
+    broken = tmp_path / 'broken.py'
+    broken.write_text('model = dict(\n')
+    with pytest.raises(ConfigError, match=r"broken\.py', line 1"):
+        sweep(broken, '--out', tmp_path / 'out')
+    broken.write_text('model = dict(head=dict(type="A"))\n')
+    with pytest.raises(ConfigError, match=r'broken\.py: its model has no backbone'):
+        sweep(broken, '--out', tmp_path / 'out')
+
+
+def test_config_with_classes_as_types(tmp_path):
+    config = tmp_path / 'lazy.py'
+    config.write_text(
+        'from mmengine.config import read_base\n'
+        'from mmvim.models.backbones import VisionTransformer\n'
+        'with read_base():\n    from .base import *\n'
+        "backbone = dict(type=VisionTransformer, arch=dict(embed_dims=32, depth=2, num_heads=2), out_type='featmap')\n"
+        'model = dict(backbone=backbone)\n'
+    )
+    (tmp_path / 'base.py').write_text('')
+    arguments = ['--resolutions', 32, '--repeats', 1, '--no-memory', '--fpn', 'yes', '--out', tmp_path / 'out']
+    (row,) = sweep(f'{config}:with_cls_token=False', *arguments).run()
+    assert row['model'] == 'lazy:with_cls_token=False (sdpa)' and row['latency_ms'] > 0
+
+
+def test_config_of_a_host_and_neck_of_several_parts():
+    label, backbone, neck, scope = benchmark.model_config('mmdet::dyhead/atss_r50_fpn_dyhead_1x_coco.py', 'sdpa')
+    assert (label, backbone['type'], scope) == ('atss_r50_fpn_dyhead_1x_coco', 'ResNet', 'mmdet')
+    assert len(neck) == 2
+    model = benchmark.build(backbone, neck, scope, True, 64)
+    assert [type(part).__name__ for part in (model[0], *model[1])] == ['ResNet', 'FPN', 'DyHead']
+
+
+@pytest.mark.parametrize(
+    ('options', 'found'),
+    [
+        ('depth=18,out_indices=(2,3)', dict(depth=18, out_indices=(2, 3))),
+        ('a=[(1,2),(3,4)],b=x', dict(a=[(1, 2), (3, 4)], b='x')),
+        ('out_indices=3', dict(out_indices=(3,))),
+    ],
+)
+def test_options_of_a_model(options, found):
+    _, backbone, *_ = benchmark.model_config(f'mmdet.ResNet:{options}', 'sdpa')
+    assert backbone == dict(type='mmdet.ResNet') | found
 
 
 @pytest.mark.parametrize('fpn', ['no', 'yes'])
