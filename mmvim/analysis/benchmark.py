@@ -338,7 +338,7 @@ class Sweep:
             return build(*config, fpn, resolution)
 
         def trial(model: nn.Module) -> None:
-            x = torch.ones(shape)
+            x = torch.ones(shape, device=next(model.parameters()).device)
             model.train(self.args.train)
             if fpn:
                 model, neck = model
@@ -359,7 +359,7 @@ class Sweep:
             pass
         try:
             with torch.no_grad():
-                trial(make())
+                trial(make().to(self.device))
         except InputError as error:
             raise InputError(f'{label}: {error}') from error
         except Exception as error:
@@ -722,7 +722,7 @@ def summary(rows: list[dict]) -> str:
         if row.get('latency_ms'):
             text += f'{row["latency_ms"]:.1f} ms ({row["fastest_ms"]:.1f} to {row["slowest_ms"]:.1f}), '
             text += f'{row["images_per_second"]:.2f} images/s'
-        if row.get('memory_mib') is not None:
+        if _value(row, 'memory_mib'):
             text += f', {row["memory_mib"]:.0f} MiB'
         if row.get('speed_ratio'):
             text += f', {row["speed_ratio"]:.2f} times the speed of {row["baseline"]}'
