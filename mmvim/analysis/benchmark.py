@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from mmvim.analysis.flops import hollow
 from mmvim.compat.lookup import HOSTS
 from mmvim.compat.types import kind_of
-from mmvim.errors import ConfigError, DataError, InputError
+from mmvim.errors import ConfigError, InputError
 from mmvim.machine import (
     device_name,
     forget_peak,
@@ -159,7 +159,7 @@ def _parts_of_config(path: str) -> tuple[dict, dict | list | None, str | None]:
         cfg = load_config(argparse.Namespace(config=path, cfg_options={}, launcher='none', work_dir=os.devnull))
     try:
         complete_config(cfg)
-    except DataError:  # classes, which are no matter of the backbone
+    except InputError:  # no classes or no data, which are no matter of the backbone
         pass
     model = cfg.get('model') or {}
     if not kind_of(model.get('backbone') or {}):
@@ -304,8 +304,11 @@ class Sweep:
         if check:
             self.out = Path(args.out)
             self.rows = self._earlier_rows()
+            tried = [(cell.resolution, cell.fpn) for cell in self.cells]
+            if self.device.type != 'cuda' and not args.no_memory:
+                tried += [(WARM_UP_SIZE, cell.fpn) for cell in self.cells]
             for label in self.models:
-                for resolution, fpn in dict.fromkeys((cell.resolution, cell.fpn) for cell in self.cells):
+                for resolution, fpn in dict.fromkeys(tried):
                     self._can_take(label, resolution, fpn)
 
     def _find_models(self) -> dict[str, tuple]:
@@ -360,11 +363,12 @@ class Sweep:
         try:
             with torch.no_grad():
                 trial(make().to(self.device))
-        except InputError as error:
-            raise InputError(f'{label}: {error}') from error
         except Exception as error:
-            if not out_of_memory(error):  # which is a result
-                raise InputError(f'{label} cannot take images of {resolution} px: {_line(error)}') from error
+            if out_of_memory(error):  # a result
+                return
+            what = '' if isinstance(error, InputError) else f' cannot take images of {resolution} px'
+            memory = '' if resolution in self.args.resolutions else ' (before memory is measured: see --no-memory)'
+            raise InputError(f'{label}{what}: {_line(error)}{memory}') from error
 
     def _earlier_rows(self) -> list[dict]:
         path = self.out / ROWS
@@ -377,13 +381,13 @@ class Sweep:
             raise InputError(f'{path} exists: go on with it by --resume, or give another folder by --out')
         try:
             rows = json.loads(path.read_text())
+            if not isinstance(rows, list):
+                raise ValueError('not a list of rows')
             for row in rows:
                 if not isinstance(row['model'], str) or any(type(row[name]) is not kind for name, kind in CELL.items()):
                     raise ValueError('a row has another type than was written')
                 if not all(isinstance(row.get(name), int | float | None) for name in ('latency_ms', 'memory_mib')):
                     raise ValueError('a figure is no number')
-            if not isinstance(rows, list):
-                raise ValueError('not a list of rows')
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise InputError(
                 f'{path} holds no rows of this tool ({_line(error)}): remove it, or give another folder by --out'
@@ -513,18 +517,17 @@ class Sweep:
                     raise
                 fail(label)
         for _ in range(self.args.repeats):
-            for label, call in list(calls.items()):
+            for label in list(calls):
                 try:
                     synchronize(self.device)
                     start = time.perf_counter()
-                    call()
+                    calls[label]()
                     synchronize(self.device)
                     times.setdefault(label, []).append(time.perf_counter() - start)
                 except (RuntimeError, MemoryError) as error:
                     if not out_of_memory(error):
                         raise
                     fail(label)
-                call = None  # or a failed model stays in memory
         calls.clear()
         gc.collect()
         if self.device.type == 'cuda':
@@ -552,6 +555,7 @@ class Sweep:
         command = [sys.executable, '-W', 'ignore', '-m', 'mmvim.analysis.benchmark', spec, '--attention', attention]
         command += ['--resolutions', str(cell.resolution), '--batch-sizes', str(cell.batch_size)]
         command += ['--dtype', self.args.dtype, '--threads', str(torch.get_num_threads())]
+        command += ['--device', str(self.device)]
         command += ['--fpn', 'yes' if cell.fpn else 'no'] + ['--train'] * self.args.train
         command += ['--no-autocast'] * self.args.no_autocast
         done = subprocess.run(

@@ -175,9 +175,17 @@ def test_training_in_bfloat16(configs, tmp_path, monkeypatch):
     assert seen == {(torch.float32, torch.bfloat16)}  # autocast, with parameters in float32
 
 
-def test_memory_of_a_process_of_its_own(configs, tmp_path):
+def test_memory_of_a_process_of_its_own(configs, tmp_path, monkeypatch):
+    commands, run = [], subprocess.run
+
+    def kept(command, *args, **kwargs):
+        commands.append(' '.join(command))
+        return run(command, *args, **kwargs)
+
+    monkeypatch.setattr(subprocess, 'run', kept)
     arguments = ['--resolutions', 768, '--repeats', 1, '--attention', 'materialized']
-    (row,) = sweep(configs[1], *arguments, '--out', tmp_path / 'out').run()
+    (row,) = sweep(configs[1], *arguments, '--device', 'cpu', '--out', tmp_path / 'out').run()
+    assert '--device cpu' in commands[-1]  # the default would be a GPU, if there is one
     matrix = 2 * (768 // 16) ** 4 * 4 / 2**20  # of two heads in float32, 40.5 MiB
     assert matrix < row['memory_mib'] < 3 * matrix  # scores and their softmax
 
@@ -276,6 +284,7 @@ def test_labels_tell_models_apart(configs, tmp_path):
         (['mmdet::no/such.py'], "config 'mmdet::no/such.py' cannot be read: .*check host and path"),
         (['mmpretrain.VisionTransformer:arch=foo'], 'VisionTransformer at 224 px cannot be built: .*foo'),
         (['mmpretrain.MixMIMTransformer', '--resolutions', '224', '256'], 'MixMIMTransformer.* of 256 px: '),
+        (['mmpretrain.MlpMixer:arch=small,img_size=256', '--resolutions', '256'], r'of 224 px: .*\(.* --no-memory\)'),
         (['vim-tiny:out_type=avg_featmap', '--fpn', 'yes'], 'no maps for --fpn'),
     ],
 )
@@ -308,6 +317,13 @@ def test_configs_that_cannot_be_read(tmp_path):
     broken.write_text('model = dict(head=dict(type="A"))\n')
     with pytest.raises(ConfigError, match=r'broken\.py: its model has no backbone'):
         sweep(broken, '--out', tmp_path / 'out')
+
+
+@pytest.mark.parametrize('config', ['cascade_mask_rcnn_vim_ti_coco_folder', 'upernet_vim-ti_folder'])
+def test_config_whose_data_is_not_here(config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    label, backbone, *_ = benchmark.model_config(f'vim/{config}.py', 'sdpa')
+    assert (label, backbone['type']) == (config, 'mmvim.VisionMamba')
 
 
 def test_config_with_classes_as_types(tmp_path):
