@@ -181,7 +181,7 @@ def test_a_published_classifier_evaluates_as_downloaded(tmp_path, monkeypatch, p
     )
 
 
-def test_the_control_differs_from_mambavision_in_the_backbone_alone(load):
+def test_the_control_differs_from_mambavision_in_backbone_and_iterations_alone(load):
     ours, control = load('upernet_mambavision-t_camvid-240x180.py'), load('upernet_r18_camvid-240x180.py')
     with torch.device('meta'):
         backbone = MODELS.build({**control.model.backbone, '_scope_': 'mmseg'})
@@ -192,6 +192,7 @@ def test_the_control_differs_from_mambavision_in_the_backbone_alone(load):
         cfg.model.pop('backbone')
         cfg.model.decode_head.pop('in_channels')
         cfg.model.auxiliary_head.pop('in_channels')
+        assert cfg.train_cfg.pop('max_iters') == cfg.param_scheduler[-1].pop('end') == cfg.pop('max_iters')
     assert ours.to_dict() == control.to_dict()
 
 
