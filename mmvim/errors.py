@@ -18,3 +18,8 @@ class DataError(InputError):
 
 class CheckpointError(InputError):
     """A checkpoint that cannot be read or does not fit the model."""
+
+
+def first_line(error: Exception) -> str:
+    """First line of an error's text; of one without text, what Python shows of it."""
+    return (str(error).strip().splitlines() or [repr(error)])[0]

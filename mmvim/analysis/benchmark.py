@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from mmvim.analysis.flops import hollow
 from mmvim.compat.lookup import HOSTS
 from mmvim.compat.types import kind_of
-from mmvim.errors import ConfigError, InputError
+from mmvim.errors import ConfigError, InputError, first_line
 from mmvim.machine import (
     device_name,
     forget_peak,
@@ -154,7 +154,7 @@ def _parts_of_config(path: str) -> tuple[dict, dict | list | None, str | None]:
         try:
             cfg = Config.fromstring(f'_base_ = {path!r}', '.py')
         except Exception as error:
-            raise ConfigError(f"config '{path}' cannot be read: {_line(error)}; check host and path") from error
+            raise ConfigError(f"config '{path}' cannot be read: {first_line(error)}; check host and path") from error
     else:
         cfg = load_config(argparse.Namespace(config=path, cfg_options={}, launcher='none', work_dir=os.devnull))
     try:
@@ -192,11 +192,6 @@ def _is_ours(backbone: dict, *kinds: str) -> bool:
     return (kind if isinstance(kind, str) else kind.__module__).startswith('mmvim.') and kind_of(backbone) in kinds
 
 
-def _line(error: Exception) -> str:
-    """First line of an error's text."""
-    return (str(error).strip().splitlines() or [repr(error)])[0]
-
-
 def build(backbone: dict, neck: dict | list | None, scope: str | None, fpn: bool, resolution: int) -> nn.Module:
     """The backbone for images of this side, with its pyramid if asked.
 
@@ -231,7 +226,7 @@ def build(backbone: dict, neck: dict | list | None, scope: str | None, fpn: bool
         if out_of_memory(error):
             raise
         with_neck = ' with a pyramid' * fpn
-        raise InputError(f'{name}{with_neck} at {resolution} px cannot be built: {_line(error)}') from error
+        raise InputError(f'{name}{with_neck} at {resolution} px cannot be built: {first_line(error)}') from error
 
 
 @torch.inference_mode()
@@ -368,7 +363,7 @@ class Sweep:
                 return
             what = '' if isinstance(error, InputError) else f' cannot take images of {resolution} px'
             memory = '' if resolution in self.args.resolutions else ' (before memory is measured: see --no-memory)'
-            raise InputError(f'{label}{what}: {_line(error)}{memory}') from error
+            raise InputError(f'{label}{what}: {first_line(error)}{memory}') from error
 
     def _earlier_rows(self) -> list[dict]:
         path = self.out / ROWS
@@ -390,7 +385,7 @@ class Sweep:
                     raise ValueError('a figure is no number')
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise InputError(
-                f'{path} holds no rows of this tool ({_line(error)}): remove it, or give another folder by --out'
+                f'{path} holds no rows of this tool ({first_line(error)}): remove it, or give another folder by --out'
             ) from error
         return rows
 
@@ -681,7 +676,7 @@ def find_device(name: str | None) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f'--device {name}: {str(error).splitlines()[0]}; cpu always works') from error
+        raise InputError(f'--device {name}: {first_line(error)}; cpu always works') from error
     return device
 
 

@@ -34,7 +34,7 @@ from torch.utils.flop_counter import flop_registry
 
 from mmvim.analysis.tables import table
 from mmvim.compat.types import kind_of
-from mmvim.errors import ConfigError, DataError, InputError
+from mmvim.errors import ConfigError, DataError, InputError, first_line
 
 # Per channel, state and token: decay times state, input times step, and the read-out.
 SCAN = 3
@@ -265,10 +265,8 @@ def _real(model: nn.Module, shape: tuple[int, int]) -> Cost:
     try:
         return _count(model, shape, fake=False)
     except Exception as error:
-        reason = str(error).strip().splitlines()
         raise InputError(
-            f'{type(model).__name__} cannot take an image of {_by(shape)} pixels: '
-            f'{reason[0] if reason else repr(error)}'
+            f'{type(model).__name__} cannot take an image of {_by(shape)} pixels: {first_line(error)}'
         ) from error
 
 

@@ -54,6 +54,11 @@ def identify(weights: Mapping[str, Tensor]) -> Identity | None:
     return None
 
 
+def _saved(weights: Mapping[str, Tensor]) -> Mapping:
+    """What a backbone of this package saved beside its weights."""
+    return getattr(weights, '_metadata', {}).get('', {}).get(METADATA, {})
+
+
 def _vim(weights: Mapping[str, Tensor]) -> Identity | None:
     found = vim_settings(weights)
     if not found:
@@ -68,7 +73,7 @@ def _vim(weights: Mapping[str, Tensor]) -> Identity | None:
         dt_rank=_side(weights.get(first + 'dt_proj.weight'), -1, usual['dt_rank']),
     )
     size = VIM_OF_WIDTH.get(width) if depth == 24 and mixer == usual else None
-    saved = getattr(weights, '_metadata', {}).get('', {}).get(METADATA, {})
+    saved = _saved(weights)
     layout = saved_class_tokens(weights, saved.get('cls_token') or 'middle')
     grid = saved.get('grid') or _grid(weights, len(class_token_names(layout)), 'Vim')
     patch = found['patch_size']
@@ -114,7 +119,7 @@ def _mambavision(file: Mapping[str, Tensor]) -> Identity | None:
     from mmvim.models.backbones.mambavision import PLACES, MambaVision, attention_places
 
     depths, scaled = found['depths'], found['layer scale'] == 'yes'
-    saved = getattr(file, '_metadata', {}).get('', {}).get(METADATA, {})
+    saved = _saved(file)
     usual = dict(d_state=8, d_conv=3, mlp_ratio=4)
     inner = {key: found.get(key, value) for key, value in usual.items()}
     names = [
@@ -210,7 +215,7 @@ def _deit(weights: Mapping[str, Tensor]) -> Identity | None:
     named = timm_names(weights)
     width, depth, patch = found['embed_dims'], found['depth'], found['patch_size']
     tokens = [name for name in ('cls_token', 'dist_token') if name in named]
-    saved = getattr(weights, '_metadata', {}).get('', {}).get(METADATA, {})
+    saved = _saved(weights)
     grid = saved.get('grid') or _grid(named, len(tokens), 'DeiT')
     arch = dict(embed_dims=width, depth=depth, num_heads=max(width // 64, 1))
     size = next((name for name, a in reversed(VisionTransformer.arch_zoo.items()) if a == arch), None)

@@ -40,6 +40,12 @@ def test_segmentation_of_images_smaller_than_the_crop_and_of_odd_sides(load, nam
         assert predicted.pred_sem_seg.data.shape == (1, *size)
 
 
+@pytest.mark.parametrize('size', 'tsb')
+def test_the_batch_of_a_learning_rate_is_known(load, size):
+    for name in (f'upernet_hier-vim-{size}_8xb2-160k_ade20k-512x512', f'mask-rcnn_hier-vim-{size}_fpn_1x_coco'):
+        assert load(f'hier_vim/{name}.py').auto_scale_lr.base_batch_size == 16
+
+
 def test_a_classifier_keeps_the_initial_deltas(load):
     """MMPretrain's Swin config initialises all linear layers, with zero bias, before the backbone does its own."""
     cfg = load('hier_vim/hier-vim-t_16xb64_in1k.py')

@@ -297,6 +297,9 @@ def test_weights_of_a_classifier_start_a_dense_backbone(tmp_path):
         (dict(out_type='avg_featmap', out_indices=(2,)), r"'avg_featmap' is of the last stage: set out_indices=\(3,\)"),
         (dict(directions='block'), 'directions must be one of'),
         (dict(drop_path_rate=1.0), 'drop_path_rate'),
+        (dict(with_cp='no'), "with_cp must be True or False, got 'no'"),
+        (dict(frozen_stages=None), 'frozen_stages must be in -1 to .*, got None'),
+        (dict(out_indices='1'), "out_indices must be a whole number or several, got '1'"),
         (dict(frozen_stages=5), 'frozen_stages must be in -1 to 4'),
     ],
 )

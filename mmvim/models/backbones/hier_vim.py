@@ -14,6 +14,7 @@ from mmvim.models.layers.arguments import (
     as_indices,
     check_arch,
     check_backend,
+    check_choice,
     check_flags,
     check_frozen_stages,
     check_numbers,
@@ -146,12 +147,8 @@ class HierVim(BaseModule):
         self.embed_dims = settings.pop('embed_dims')
         self.depths = tuple(settings.pop('depths'))
         mlp_ratio = settings.pop('mlp_ratio', 4)
-        for name, value, legal in (
-            ('out_type', out_type, self.OUT_TYPES),
-            ('directions', directions, DIRECTIONS),
-        ):
-            if value not in legal:
-                raise ValueError(f'{name} must be one of {legal}, got {value!r}')
+        check_choice('out_type', out_type, self.OUT_TYPES)
+        check_choice('directions', directions, DIRECTIONS)
         check_numbers(patch_size=patch_size, in_channels=in_channels)
         check_rates(drop_path_rate=drop_path_rate)
         check_flags(divide_output=divide_output, with_cp=with_cp)

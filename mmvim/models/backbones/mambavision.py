@@ -15,6 +15,7 @@ from mmvim.models.layers.arguments import (
     as_indices,
     check_arch,
     check_backend,
+    check_choice,
     check_flags,
     check_frozen_stages,
     check_numbers,
@@ -314,14 +315,10 @@ class MambaVision(BaseModule):
         self.embed_dims = settings['embed_dims']
         self.depths = tuple(settings['depths'])
         self.num_heads = tuple(settings['num_heads'])
-        for name, value, legal in (
-            ('out_type', out_type, self.OUT_TYPES),
-            ('mixer_conv', mixer_conv, tuple(CONVS)),
-            ('mixer_merge', mixer_merge, MERGES),
-            ('dt_init', dt_init, DT_INITS),
-        ):
-            if value not in legal:
-                raise ValueError(f'{name} must be one of {legal}, got {value!r}')
+        check_choice('out_type', out_type, self.OUT_TYPES)
+        check_choice('mixer_conv', mixer_conv, CONVS)
+        check_choice('mixer_merge', mixer_merge, MERGES)
+        check_choice('dt_init', dt_init, DT_INITS)
         if attention not in PLACES and not (type(attention) is int and attention >= 1):
             raise ValueError(f'attention must be one of {PLACES} or a number l >= 1, got {attention!r}')
         window_sizes = four_numbers('window_sizes', window_sizes, 'level')

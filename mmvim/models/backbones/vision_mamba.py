@@ -13,6 +13,7 @@ from mmvim.models.layers.arguments import (
     as_indices,
     check_arch,
     check_backend,
+    check_choice,
     check_flags,
     check_frozen_stages,
     check_interpolation,
@@ -27,11 +28,6 @@ from mmvim.registry import MODELS
 from ssm_kernels import add_rms_norm
 
 # B batch, L tokens with class tokens, D width, h x w grid of patches
-
-
-def _choose(name: str, value, legal: Sequence) -> None:
-    if value not in legal:
-        raise ValueError(f'{name} must be one of {tuple(legal)}, got {value!r}')
 
 
 def class_token_positions(layout: str | None, num_patches: int) -> tuple[int, ...]:
@@ -159,11 +155,11 @@ class VisionMamba(BaseModule):
         patch_stride = patch_size if patch_stride is None else patch_stride
         check_numbers(patch_size=patch_size, patch_stride=patch_stride, in_channels=in_channels)
         check_interpolation(interpolate_mode)
-        _choose('out_type', out_type, self.OUT_TYPES)
-        _choose('cls_token', cls_token, self.CLS_TOKENS)
-        _choose('directions', directions, self.DIRECTIONS)
-        _choose('rotary', rotary, (None, 'hidden', 'both'))
-        _choose('feature_source', feature_source, (None, 'residual', 'mixer'))
+        check_choice('out_type', out_type, self.OUT_TYPES)
+        check_choice('cls_token', cls_token, self.CLS_TOKENS)
+        check_choice('directions', directions, self.DIRECTIONS)
+        check_choice('rotary', rotary, (None, 'hidden', 'both'))
+        check_choice('feature_source', feature_source, (None, 'residual', 'mixer'))
         if out_type == 'cls_token' and cls_token is None:
             raise ValueError(
                 "out_type='cls_token' needs a class token: set cls_token, or out_type to one of "
@@ -214,7 +210,7 @@ class VisionMamba(BaseModule):
 
     def _arch_settings(self, arch: str | dict) -> dict:
         if isinstance(arch, str):
-            _choose('arch', arch.lower(), tuple(self.arch_zoo))
+            check_choice('arch', arch.lower(), tuple(self.arch_zoo))
             return dict(self.arch_zoo[arch.lower()])
         optional = {'d_state', 'd_conv', 'expand', 'dt_rank'}
         if not isinstance(arch, dict) or not {'embed_dims', 'depth'} <= set(arch) <= {'embed_dims', 'depth'} | optional:

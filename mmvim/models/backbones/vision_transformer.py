@@ -12,6 +12,7 @@ from mmvim.checkpoints.deit import load_published_deit
 from mmvim.models.layers.arguments import (
     as_indices,
     check_arch,
+    check_choice,
     check_flags,
     check_frozen_stages,
     check_interpolation,
@@ -177,9 +178,8 @@ class VisionTransformer(BaseModule):
         settings = self._arch_settings(arch)
         self.embed_dims = settings['embed_dims']
         self.depth = settings['depth']
-        for name, value, legal in (('out_type', out_type, self.OUT_TYPES), ('attention', attention, ATTENTIONS)):
-            if value not in legal:
-                raise ValueError(f'{name} must be one of {legal}, got {value!r}')
+        check_choice('out_type', out_type, self.OUT_TYPES)
+        check_choice('attention', attention, ATTENTIONS)
         check_numbers(patch_size=patch_size, in_channels=in_channels)
         check_interpolation(interpolate_mode)
         check_flags(with_cls_token=with_cls_token, with_cp=with_cp)

@@ -3,9 +3,16 @@
 from collections.abc import Iterable, Mapping, Sequence
 
 from ssm_kernels.causal_conv1d import MAX_WIDTH, MIN_WIDTH
+from ssm_kernels.mamba_inner import BACKENDS
 
-BACKENDS = ('triton', 'numba', 'torch')
 INTERPOLATIONS = ('bicubic', 'bilinear', 'nearest', 'nearest-exact', 'area')
+
+
+def check_choice(name: str, value: object, legal: Iterable) -> None:
+    """Refuse what is none of the legal values."""
+    legal = tuple(legal)
+    if value not in legal:
+        raise ValueError(f'{name} must be one of {legal}, got {value!r}')
 
 
 def check_numbers(lowest: int = 1, **arguments: object) -> None:
@@ -37,8 +44,9 @@ def check_frozen_stages(value: object, highest: int) -> None:
 
 def check_backend(value: object) -> None:
     """Refuse a name that no backend of ssm_kernels has."""
-    if value is not None and value not in BACKENDS:
-        raise ValueError(f'scan_backend must be None or one of {BACKENDS}, got {value!r}')
+    names = tuple(backend.name for backend in BACKENDS)
+    if value is not None and value not in names:
+        raise ValueError(f'scan_backend must be None or one of {names}, got {value!r}')
 
 
 def as_indices(name: str, value: object) -> tuple[int, ...]:
@@ -91,8 +99,7 @@ def image_sides(img_size: object) -> tuple[int, int]:
 
 def check_interpolation(mode: object) -> None:
     """Refuse a mode that torch.nn.functional.interpolate has not for maps."""
-    if mode not in INTERPOLATIONS:
-        raise ValueError(f'interpolate_mode must be one of {INTERPOLATIONS}, got {mode!r}')
+    check_choice('interpolate_mode', mode, INTERPOLATIONS)
 
 
 def _is_number(value: object, lowest: int = 1) -> bool:

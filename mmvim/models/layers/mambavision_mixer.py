@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmvim.models.layers.arguments import check_choice
 from mmvim.models.layers.precision import at_least_float32
 from mmvim.models.layers.transformer import init_linear
 from ssm_kernels import DirectionWeights, causal_conv1d, mamba_inner, same_conv1d
@@ -49,9 +50,9 @@ class MambaVisionMixer(nn.Module):
         scan_backend: str | None = None,
     ) -> None:
         super().__init__()
-        for name, value, legal in (('conv', conv, CONVS), ('merge', merge, MERGES), ('dt_init', dt_init, DT_INITS)):
-            if value not in legal:
-                raise ValueError(f'{name} must be one of {tuple(legal)}, got {value!r}')
+        check_choice('conv', conv, CONVS)
+        check_choice('merge', merge, MERGES)
+        check_choice('dt_init', dt_init, DT_INITS)
         self.d_state = d_state
         self.dt_rank = dt_rank or math.ceil(embed_dims / 16)
         self.conv = conv

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmvim.models.layers.arguments import check_choice
 from mmvim.models.layers.precision import at_least_float32
 from ssm_kernels import DirectionWeights, bidirectional_selective_scan, causal_conv1d, mamba_inner
 
@@ -49,8 +50,7 @@ class VimMixer(nn.Module):
         scan_backend: str | None = None,
     ) -> None:
         super().__init__()
-        if directions not in DIRECTIONS:
-            raise ValueError(f'directions must be one of {DIRECTIONS}, got {directions!r}')
+        check_choice('directions', directions, DIRECTIONS)
         self.directions = directions
         self.scan_backend = scan_backend
         self.d_state = d_state
