@@ -102,7 +102,7 @@ def scan_directions(block: Block) -> list[Direction]:
     with torch.no_grad():
         x = mixer.in_proj(tokens.detach()).chunk(2, dim=-1)[0]
         if isinstance(mixer, MambaVisionMixer):
-            u = CONVS[mixer.conv](x, mixer.conv1d_x.weight.squeeze(1))
+            u = CONVS[mixer.conv](x, mixer.conv1d_x.weight.squeeze(1), backend=mixer.scan_backend)
             # In the published models the projection adds its bias and the scan adds it again.
             return [_direction(mixer, '', 'forward', u, mixer.A_log, 2)]
         if mixer.directions == 'none':
@@ -245,9 +245,10 @@ def _trace_mambavision(backbone: MambaVision, image: Tensor) -> list[Block]:
             continue
         size = tuple(-(-side // stride) for side in image.shape[-2:])
         window = window_shape(size, level.window, level.fit_windows)
-        count = recorder.output.shape[1] * recorder.output.shape[2]
-        places = from_windows(torch.arange(count).reshape(1, -1, window[0] * window[1], 1), window, size)[0, 0]
-        blocks.append(recorder.block(_lay_out(recorder.output[0], places), places, stride))
+        tokens = recorder.output  # of the windows of one image
+        places = torch.arange(tokens[..., 0].numel()).reshape(*tokens.shape[:2], 1)
+        places = from_windows(places, window, 1, size)[0, 0]
+        blocks.append(recorder.block(_lay_out(tokens, places), places, stride))
     return blocks
 
 

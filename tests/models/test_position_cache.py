@@ -89,3 +89,29 @@ def test_few_grids_are_kept_and_none_is_copied(model, made):
     model.to(torch.float64)
     with torch.no_grad():
         assert model(IMAGE.double())[0].dtype == torch.float64
+
+
+def test_kept_tables_have_a_limit_in_bytes(model, made):
+    cache = model.position_cache
+    with torch.no_grad():
+        model(torch.zeros(1, 3, 64, 64))
+        one = cache.nbytes
+        cache.max_bytes = 2 * one
+        for width in (48, 32, 64, 48):
+            model(torch.zeros(1, 3, 64, width))
+            assert 0 < cache.nbytes <= cache.max_bytes
+        cache.max_bytes = one // 2
+        cache.held.clear()
+        made.clear()
+        for _ in range(2):
+            model(torch.zeros(1, 3, 64, 64))
+    assert made == [(4, 4)] * 2 and not cache.held
+
+
+def test_reading_a_map_builds_nothing_as_long_as_the_sequence():
+    """Class tokens are cut out by slices, not by a list of all other tokens."""
+    model = VisionMamba(dict(embed_dims=16, depth=1), img_size=32, out_type='featmap')
+    with torch.no_grad(), torch.profiler.profile() as profile:
+        model(IMAGE)
+    called = {event.name for event in profile.events()}
+    assert 'aten::slice' in called and not called & {'aten::index', 'aten::index_select', 'aten::gather'}

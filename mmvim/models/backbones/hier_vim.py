@@ -113,7 +113,7 @@ class HierVim(BaseModule):
         drop_path_rate: stochastic depth, from 0 in the first block to this rate in the last one of all stages.
         frozen_stages: 0 freezes the patch embedding, i the first i stages as well; -1 nothing.
         with_cp: gradient checkpointing, one checkpoint a block.
-        scan_backend: backend of ssm_kernels; the fastest that can run if None.
+        scan_backend: backend of all operators of ssm_kernels in the model; each takes the fastest that can run if None.
         init_cfg: initialisation of mmengine.
 
     Raises:

@@ -130,12 +130,17 @@ class WindowBlock(nn.Module):
             nn.init.constant_(self.gamma_1, self.layer_scale)
             nn.init.constant_(self.gamma_2, self.layer_scale)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Tokens (B, K, L, C) -> tokens (B, K, L, C)."""
-        mixed = self.mixer(self.norm1(x).flatten(0, 1)).unflatten(0, x.shape[:2])
-        x = x + self.drop_path(mixed if self.layer_scale is None else mixed * self.gamma_1)
+    def forward(self, x: Tensor, images: int) -> Tensor:
+        """Tokens (B*K, L, C) of all windows of this many images -> tokens (B*K, L, C)."""
+        mixed = self.mixer(self.norm1(x))
+        x = x + self._drop(mixed if self.layer_scale is None else mixed * self.gamma_1, images)
         mixed = self.mlp(self.norm2(x))
-        return x + self.drop_path(mixed if self.layer_scale is None else mixed * self.gamma_2)
+        return x + self._drop(mixed if self.layer_scale is None else mixed * self.gamma_2, images)
+
+    def _drop(self, x: Tensor, images: int) -> Tensor:
+        if not self.training or isinstance(self.drop_path, nn.Identity):
+            return x
+        return self.drop_path(x.unflatten(0, (images, -1))).flatten(0, 1)
 
 
 class Downsample(nn.Module):
@@ -187,14 +192,15 @@ class Level(nn.Module):
             return self._run(x)
         size = x.shape[-2:]
         window = window_shape(size, self.window, self.fit_windows)
-        return from_windows(self._run(to_windows(x, window)), window, size)
+        return from_windows(self._run(to_windows(x, window), x.shape[0]), window, x.shape[0], size)
 
-    def _run(self, x: Tensor) -> Tensor:
+    def _run(self, *inputs: Tensor | int) -> Tensor:
+        x, *images = inputs
         for block in self.blocks:
             if self.with_cp and torch.is_grad_enabled() and x.requires_grad:
-                x = checkpoint(block, x, use_reentrant=False, **_recomputation(block))
+                x = checkpoint(block, x, *images, use_reentrant=False, **_recomputation(block))
             else:
-                x = block(x)
+                x = block(x, *images)
         return x
 
 
@@ -254,7 +260,7 @@ class MambaVision(BaseModule):
         frozen_stages: 0 freezes the stem, i the first i levels as well; -1 nothing.
         norm_eval: keep all BatchNorm layers in evaluation mode, so that their statistics stay.
         with_cp: gradient checkpointing, one checkpoint a block.
-        scan_backend: backend of ssm_kernels; the fastest that can run if None.
+        scan_backend: backend of all operators of ssm_kernels in the model; each takes the fastest that can run if None.
         init_cfg: initialisation of mmengine.
 
     Raises:

@@ -23,6 +23,7 @@ from mmvim.models.layers.arguments import (
 )
 from mmvim.models.layers.patch_embed import PatchEmbed, PositionCache, lecun_normal_, resize_pos_embed
 from mmvim.models.layers.rotary import RotaryEmbedding2d
+from mmvim.models.layers.shapes import surely_equal
 from mmvim.models.layers.vim_mixer import VimMixer
 from mmvim.registry import MODELS
 from ssm_kernels import add_rms_norm
@@ -59,7 +60,13 @@ class VimBlock(nn.Module):
     def forward(self, hidden: Tensor, residual: Tensor | None, reverse: bool = False) -> tuple[Tensor, Tensor]:
         """Hidden and residual streams (B, L, D) in, the same out; no residual before the first block."""
         # The residual stream is float32 in low-precision models too: 24 small updates add up in it.
-        hidden, residual = add_rms_norm(self.drop_path(hidden), residual, self.norm.weight, eps=self.norm.eps)
+        hidden, residual = add_rms_norm(
+            self.drop_path(hidden),
+            residual,
+            self.norm.weight,
+            eps=self.norm.eps,
+            backend=self.mixer.scan_backend,
+        )
         return self.mixer(hidden, reverse), residual
 
 
@@ -105,7 +112,8 @@ class VisionMamba(BaseModule):
             -1 nothing.
         with_cp: gradient checkpointing, one checkpoint a block.
         interpolate_mode: interpolation of positions.
-        scan_backend: backend of ssm_kernels; the fastest that can run if None.
+        scan_backend: backend of all operators of ssm_kernels in the model, norms included; each takes the fastest that
+            can run if None.
         init_cfg: initialisation of mmengine.
 
     Raises:
@@ -316,15 +324,15 @@ class VisionMamba(BaseModule):
 
     def positions(self, grid: tuple[int, int]) -> Tensor:
         """Position table (1, L, D) of a grid (h, w) of patches, with the entries of the class tokens in place."""
-        if tuple(grid) == tuple(self.grid):
+        if surely_equal(grid, self.grid):
             return self.pos_embed
         return self.position_cache.get(self.pos_embed, tuple(grid), lambda: self._resized_positions(grid))
 
     def _resized_positions(self, grid: tuple[int, int]) -> Tensor:
-        source = class_token_positions(self.cls_layout, self.grid[0] * self.grid[1])
-        tokens = [self.pos_embed[:, i : i + 1] for i in source]
-        patches = self.pos_embed[:, _complement(source, self.pos_embed.shape[1])]
-        return self._insert(resize_pos_embed(patches, self.grid, grid, self.interpolate_mode), tokens)
+        patches = resize_pos_embed(
+            self._patch_tokens(self.pos_embed, self.grid), self.grid, grid, self.interpolate_mode
+        )
+        return self._insert(patches, self._class_tokens(self.pos_embed, self.grid))
 
     def _insert(self, patches: Tensor, tokens: list[Tensor]) -> Tensor:
         """Put class tokens (B, 1, D) where they belong among patch tokens (B, h*w, D)."""
@@ -335,10 +343,25 @@ class VisionMamba(BaseModule):
         (at,) = class_token_positions(self.cls_layout, patches.shape[1])
         return torch.cat((patches[:, :at], tokens[0], patches[:, at:]), dim=1)
 
+    def _class_tokens(self, x: Tensor, grid: tuple[int, int]) -> list[Tensor]:
+        """The class tokens (B, 1, D) of a sequence (B, L, D) of a grid (h, w)."""
+        return [x[:, i : i + 1] for i in class_token_positions(self.cls_layout, grid[0] * grid[1])]
+
+    def _patch_tokens(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """The patch tokens (B, h*w, D) of a sequence (B, L, D) of a grid (h, w)."""
+        if self.cls_layout is None:
+            return x
+        first = class_token_positions(self.cls_layout, grid[0] * grid[1])[0]
+        if self.cls_layout == 'middle':
+            return torch.cat((x[:, :first], x[:, first + 1 :]), dim=1)
+        return x[:, first + 1 : first + 1 + grid[0] * grid[1]]
+
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Image (B, C, H, W) -> one output per entry of out_indices, see ``out_type``."""
         patches, grid = self.patch_embed(x)
-        tokens = [getattr(self, name).to(patches.dtype).expand(len(x), -1, -1) for name in self._class_token_names()]
+        tokens = [
+            getattr(self, name).to(patches.dtype).expand(x.shape[0], -1, -1) for name in self._class_token_names()
+        ]
         hidden = self.drop_after_pos(self._insert(patches, tokens) + self.positions(grid))
         if self.depth == 0:
             return (self._read_out(self.norm_f(hidden), grid),)
@@ -391,15 +414,9 @@ class VisionMamba(BaseModule):
             return x
         if self.out_type == 'last_token':
             return x[:, -1]
-        places = class_token_positions(self.cls_layout, grid[0] * grid[1])
         if self.out_type == 'cls_token':
-            return x[:, list(places)].mean(dim=1)
-        if places:
-            x = x[:, _complement(places, x.shape[1])]
+            return torch.cat(self._class_tokens(x, grid), dim=1).mean(dim=1)
+        x = self._patch_tokens(x, grid)
         if self.out_type == 'avg_featmap':
             return x.mean(dim=1)
         return x.transpose(1, 2).unflatten(2, grid).contiguous()
-
-
-def _complement(places: tuple[int, ...], length: int) -> list[int]:
-    return [i for i in range(length) if i not in places]

@@ -21,6 +21,7 @@ from mmvim.models.layers.arguments import (
     image_sides,
 )
 from mmvim.models.layers.patch_embed import PatchEmbed, PositionCache, lecun_normal_, resize_pos_embed
+from mmvim.models.layers.shapes import surely_equal
 from mmvim.models.layers.transformer import Mlp, SelfAttention
 from mmvim.models.layers.windows import from_windows, to_windows
 from mmvim.registry import MODELS
@@ -101,8 +102,7 @@ class TransformerBlock(nn.Module):
             return self.attn(x)
         window = (self.window_size, self.window_size)
         windows = to_windows(x.transpose(1, 2).unflatten(2, grid), window)
-        windows = self.attn(windows.flatten(0, 1)).unflatten(0, windows.shape[:2])
-        return from_windows(windows, window, grid).flatten(2).transpose(1, 2)
+        return from_windows(self.attn(windows), window, x.shape[0], grid).flatten(2).transpose(1, 2)
 
 
 @MODELS.register_module()
@@ -334,7 +334,7 @@ class VisionTransformer(BaseModule):
 
     def positions(self, grid: tuple[int, int]) -> Tensor:
         """Position table (1, L, D) of a grid (h, w) of patches, with the entry of the class token first."""
-        if tuple(grid) == tuple(self.grid):
+        if surely_equal(grid, self.grid):
             return self.pos_embed
         return self.position_cache.get(self.pos_embed, tuple(grid), lambda: self._resized_positions(grid))
 
@@ -346,7 +346,7 @@ class VisionTransformer(BaseModule):
         """Image (B, C, H, W) -> one output per entry of out_indices, see ``out_type``."""
         x, grid = self.patch_embed(x)
         if self.with_cls_token:
-            x = torch.cat((self.cls_token.to(x.dtype).expand(len(x), -1, -1), x), dim=1)
+            x = torch.cat((self.cls_token.to(x.dtype).expand(x.shape[0], -1, -1), x), dim=1)
         x = self.drop_after_pos(x + self.positions(grid))
         outputs = []
         for i, block in enumerate(self.blocks):

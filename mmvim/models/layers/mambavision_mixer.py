@@ -102,5 +102,8 @@ class MambaVisionMixer(nn.Module):
             dt_bias=2 * self.dt_proj.bias,
         )
         y = mamba_inner(x, None, [weights], padding=self.conv, backend=self.scan_backend)
-        z = CONVS[self.conv](z, self.conv1d_z.weight.squeeze(1)) if self.symmetric else F.silu(z)
+        if self.symmetric:
+            z = CONVS[self.conv](z, self.conv1d_z.weight.squeeze(1), backend=self.scan_backend)
+        else:
+            z = F.silu(z)
         return self.out_proj(torch.cat((y, z), dim=-1) if self.merge == 'concat' else y * z)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from mmvim.models.layers.precision import at_least_float32
+from mmvim.models.layers.shapes import surely_equal
 
 # B batch, H x W image, h x w grid of patches, D width
 
@@ -60,7 +61,7 @@ def resize_pos_embed(pos_embed: Tensor, source: tuple[int, int], target: tuple[i
     Returns:
         Table (1, target h * target w, D) of the same dtype; the very table if the grids are equal.
     """
-    if tuple(source) == tuple(target):
+    if surely_equal(source, target):
         return pos_embed
     grid = pos_embed.reshape(1, *source, -1).permute(0, 3, 1, 2)
     align_corners = None if mode in ('nearest', 'area', 'nearest-exact') else False
@@ -76,14 +77,21 @@ class PositionCache:
 
     Args:
         size: number of grids.
+        max_bytes: memory of all that is kept; a table that alone is larger is not kept.
     """
 
-    def __init__(self, size: int = 4) -> None:
+    def __init__(self, size: int = 4, max_bytes: int = 64 * 2**20) -> None:
         self.size = size
+        self.max_bytes = max_bytes
         self.held: OrderedDict[tuple[int, int], tuple[Tensor, Tensor]] = OrderedDict()
 
     def __reduce__(self) -> tuple:
-        return type(self), (self.size,)
+        return type(self), (self.size, self.max_bytes)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all that is kept."""
+        return sum(tensor.nbytes for entry in self.held.values() for tensor in entry)
 
     def get(self, table: Tensor, grid: tuple[int, int], make: Callable[[], Tensor]) -> Tensor:
         """``make()``, or what it returned before for this grid and a table (1, L, D) of these values."""
@@ -94,7 +102,7 @@ class PositionCache:
         if held is None or held[0].dtype != table.dtype or not torch.equal(held[0], table):
             held = table.detach().clone(), make()
         self.held[grid] = held
-        while len(self.held) > self.size:
+        while len(self.held) > self.size or self.nbytes > self.max_bytes:
             self.held.popitem(last=False)
         return held[1]
 
