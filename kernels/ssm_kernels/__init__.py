@@ -1,12 +1,30 @@
 """Kernels for vision state-space models: tensors in, tensors out.
 
-Importing this package loads PyTorch only; Numba and Triton load when a backend that needs them first runs.
+Importing this package loads PyTorch only; Numba and Triton load when a backend that needs them first runs, or by
+``load_backends``.
 """
 
+from . import add_rms_norm as _add_rms_norm
+from . import causal_conv1d as _causal_conv1d
+from . import mamba_inner as _mamba_inner
+from . import selective_scan as _selective_scan
 from .add_rms_norm import add_rms_norm
 from .causal_conv1d import bidirectional_causal_conv1d, causal_conv1d, causal_conv1d_fn, same_conv1d
+from .dispatch import load_tables
 from .mamba_inner import DirectionWeights, mamba_inner
 from .selective_scan import bidirectional_selective_scan, selective_scan, selective_scan_fn
+
+_TABLES = tuple(room.BACKENDS for room in (_add_rms_norm, _causal_conv1d, _mamba_inner, _selective_scan))
+
+
+def load_backends() -> None:
+    """Import every backend that can run on a device of this machine, before the first call of an op.
+
+    Models do so when they are built: under torch.export of PyTorch 2.10, which replaces functions of Python's math
+    while it traces, Numba cannot be imported.
+    """
+    load_tables(_TABLES)
+
 
 __all__ = [
     'DirectionWeights',
@@ -15,6 +33,7 @@ __all__ = [
     'bidirectional_selective_scan',
     'causal_conv1d',
     'causal_conv1d_fn',
+    'load_backends',
     'mamba_inner',
     'same_conv1d',
     'selective_scan',

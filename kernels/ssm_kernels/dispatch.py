@@ -75,3 +75,13 @@ def numba_why_not(x: Tensor, n: int) -> str | None:
     if missing_package('numba'):
         return 'numba is not installed (pip install numba)'
     return None
+
+
+def load_tables(tables: Sequence[Sequence[Backend]]) -> None:
+    """Import the backends of some ops that can run on a device of this machine."""
+    gpu = torch.cuda.is_available() or torch.xpu.is_available()
+    wanted = {'torch': True, 'numba': not missing_package('numba'), 'triton': gpu and not missing_package('triton')}
+    for table in tables:
+        for backend in table:
+            if wanted[backend.name]:
+                backend.load()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from mmvim.models.layers.arguments import check_choice
 from mmvim.models.layers.precision import at_least_float32
 from mmvim.models.layers.transformer import init_linear
-from ssm_kernels import DirectionWeights, causal_conv1d, mamba_inner, same_conv1d
+from ssm_kernels import DirectionWeights, causal_conv1d, load_backends, mamba_inner, same_conv1d
 
 # B batch, L tokens, D width, E = D / 2 width of a branch, N state size, R rank of delta
 
@@ -50,6 +50,7 @@ class MambaVisionMixer(nn.Module):
         scan_backend: str | None = None,
     ) -> None:
         super().__init__()
+        load_backends()
         check_choice('conv', conv, CONVS)
         check_choice('merge', merge, MERGES)
         check_choice('dt_init', dt_init, DT_INITS)

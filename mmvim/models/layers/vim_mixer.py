@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mmvim.models.layers.arguments import check_choice
 from mmvim.models.layers.precision import at_least_float32
-from ssm_kernels import DirectionWeights, bidirectional_selective_scan, causal_conv1d, mamba_inner
+from ssm_kernels import DirectionWeights, bidirectional_selective_scan, causal_conv1d, load_backends, mamba_inner
 
 # B batch, L tokens, D width, E = expand * D inner width, N state size, R rank of delta
 
@@ -50,6 +50,7 @@ class VimMixer(nn.Module):
         scan_backend: str | None = None,
     ) -> None:
         super().__init__()
+        load_backends()
         check_choice('directions', directions, DIRECTIONS)
         self.directions = directions
         self.scan_backend = scan_backend
