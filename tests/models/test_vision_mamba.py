@@ -143,6 +143,60 @@ def test_blocks_behind_the_last_output_are_not_built():
     assert model.get_layer_depth('layers.1.norm.weight') == (2, 6)
 
 
+RESIDUAL = dict(DENSE, feature_source='residual', drop_path_rate=0.6)
+
+
+def released_maps(model, image):
+    """Residual features as the released segmentation code takes them, which has the detector's as its last."""
+    patches, grid = model.patch_embed(image)
+    hidden, residual, streams = patches + model.pos_embed, None, []
+    tables = model._rotary_tables(grid, hidden)
+    for layer in model.layers:
+        if model.rotary_mode:
+            hidden = model.rotary(hidden, *tables)
+        if model.rotary_mode == 'both' and residual is not None:
+            residual = model.rotary(residual, *tables)
+        hidden, residual = layer(hidden, residual)
+        streams.append(residual)
+    return [stream.transpose(1, 2).unflatten(2, grid) for stream in (*streams[1:], hidden + residual)]
+
+
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize('with_cp', [True, False])
+@pytest.mark.parametrize('rotary', [None, 'hidden', 'both'])
+def test_residual_features_are_the_released_ones(rotary, with_cp, training):
+    model = build(**RESIDUAL, rotary=rotary, with_cp=with_cp, out_indices=(0, 1, 2, 3)).train(training)
+    image = torch.randn(8, 3, 64, 64)
+    torch.manual_seed(0)
+    maps = model(image)
+    torch.manual_seed(0)
+    for i, (found, expected) in enumerate(zip(maps, released_maps(model, image), strict=True)):
+        torch.testing.assert_close(found, expected, msg=lambda text, i=i: f'map {i}: {text}')
+
+
+@pytest.mark.parametrize('training', [True, False])
+def test_a_residual_feature_is_the_same_whether_the_next_block_is_built_or_not(training):
+    image = torch.randn(8, 3, 64, 64)
+    torch.manual_seed(0)
+    whole = build(**RESIDUAL, rotary='both', out_indices=(2, 3)).train(training)
+    part = build(**RESIDUAL, rotary='both', out_indices=2).train(training)
+    part.load_state_dict({name: whole.state_dict()[name] for name in part.state_dict()})
+    maps = []
+    for model in (whole, part):
+        torch.manual_seed(0)
+        maps.append(model(image)[0])
+    torch.testing.assert_close(*maps)
+
+
+@pytest.mark.parametrize('out_type', VisionMamba.OUT_TYPES)
+def test_stochastic_depth_after_the_last_block_is_the_classifiers_alone(out_type):
+    model = build(**dict(TINY, drop_path_rate=0.6, out_type=out_type, feature_source='residual')).train()
+    for layer in model.layers[2:]:
+        layer.drop_path.drop_prob = 0.0
+    image = torch.randn(8, 3, 64, 64)
+    assert torch.equal(model(image)[0], model.eval()(image)[0]) == (out_type == 'featmap')
+
+
 @pytest.mark.parametrize('autocast', [False, True])
 def test_bfloat16(autocast):
     torch.manual_seed(0)

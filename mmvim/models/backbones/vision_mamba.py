@@ -101,9 +101,11 @@ class VisionMamba(BaseModule):
         rotary: rotary position embedding before every block; None, on the 'hidden' stream, or on 'both' streams.
         rotary_pretrain_size: side of the pre-training grid that rotary angles span, patches.
         layer_scale_init: start value of a scale per channel on each mixer's result; none if None.
-        feature_source: 'residual', the residual stream after a block's output was added to it, that is what the
-            next block takes in; 'mixer', the block's output alone. None means 'mixer' for 'featmap' (the released
-            ADE20K recipe of the tiny model) and 'residual' otherwise (the classifier).
+        feature_source: 'residual', the residual stream with a block's output added to it, as the next block has it:
+            after its rotary embedding and, in training, with its stochastic depth. After the last block nothing is
+            rotated, and stochastic depth is the classifier's alone: maps have none, as in the released code. 'mixer',
+            the block's output alone. None means 'mixer' for 'featmap' (the released ADE20K recipe of the tiny
+            model) and 'residual' otherwise (the classifier).
         final_norm: pass the last block's output through ``norm_f``. None means not for 'featmap' only.
         drop_rate: dropout after the positions were added.
         drop_path_rate: stochastic depth; 0 in block 0, rising to this rate at the end.
@@ -206,11 +208,12 @@ class VisionMamba(BaseModule):
             layer_scale_init=layer_scale_init,
             scan_backend=scan_backend,
         )
-        rates = [0.0, *torch.linspace(0, drop_path_rate, self.depth, dtype=torch.float64, device='cpu').tolist()]
+        rates = torch.linspace(0, drop_path_rate, self.depth, dtype=torch.float64, device='cpu').tolist()
+        rates = [0.0, *rates[:-1], drop_path_rate]
         built = max(self.out_indices) + 1
         self.layers = nn.ModuleList(VimBlock(self.embed_dims, rates[i], norm_eps, mixer) for i in range(built))
         self.norm_f = nn.RMSNorm(self.embed_dims, eps=norm_eps) if self.final_norm else nn.Identity()
-        self.drop_path = DropPath(drop_path_rate) if drop_path_rate > 0 else nn.Identity()
+        self.drop_path = DropPath(rates[built]) if rates[built] > 0 else nn.Identity()
         self._freeze_stages()
         load_published_vim(self)
 
@@ -372,19 +375,20 @@ class VisionMamba(BaseModule):
         outputs = []
         step = 2 if self.directions == 'block' else 1
         for i in range(0, len(self.layers), step):
-            if tables is not None:
-                hidden = self.rotary(hidden, *tables)
-                if residual is not None and self.rotary_mode == 'both':
-                    residual = self.rotary(residual, *tables)
+            hidden, residual = self._rotate(hidden, residual, tables)
             if self.directions == 'block':
                 forward = self._run(self.layers[i], hidden, residual, False)
                 backward = self._run(self.layers[i + 1], hidden, residual, True)
+                stream = forward[1]
                 hidden, residual = forward[0] + backward[0], forward[1] + backward[1]
             else:
                 hidden, residual = self._run(self.layers[i], hidden, residual, backwards)
-            if i + step - 1 in self.out_indices:
-                outputs.append(self._read_out(self._feature(hidden, residual, i + step == self.depth), grid))
-        return tuple(outputs)
+                stream = residual
+            if self.feature_source == 'residual' and i - 1 in self.out_indices:
+                outputs.append(self._read_out(stream, grid))
+            elif self.feature_source == 'mixer' and i + step - 1 in self.out_indices[:-1]:
+                outputs.append(self._read_out(hidden, grid))
+        return (*outputs, self._read_out(self._last_feature(hidden, residual, tables), grid))
 
     def _run(self, layer: VimBlock, hidden: Tensor, residual: Tensor | None, reverse: bool) -> tuple[Tensor, Tensor]:
         if self.with_cp and torch.is_grad_enabled() and hidden.requires_grad:
@@ -402,10 +406,22 @@ class VisionMamba(BaseModule):
         none = [torch.zeros_like(sin[None, :1])] * len(still)
         return self._insert(cos[None], still)[0], self._insert(sin[None], none)[0]
 
-    def _feature(self, hidden: Tensor, residual: Tensor, last: bool) -> Tensor:
+    def _rotate(
+        self, hidden: Tensor, residual: Tensor | None, tables: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor | None]:
+        if tables is not None:
+            hidden = self.rotary(hidden, *tables)
+            if residual is not None and self.rotary_mode == 'both':
+                residual = self.rotary(residual, *tables)
+        return hidden, residual
+
+    def _last_feature(self, hidden: Tensor, residual: Tensor, tables: tuple[Tensor, Tensor] | None) -> Tensor:
         if self.feature_source == 'residual':
-            hidden = residual + (self.drop_path(hidden) if last else hidden)
-        if last and self.final_norm:
+            at_end = len(self.layers) == self.depth
+            if not at_end:  # there is a next block, though it is not built
+                hidden, residual = self._rotate(hidden, residual, tables)
+            hidden = residual + (hidden if at_end and self.out_type == 'featmap' else self.drop_path(hidden))
+        if self.final_norm:
             hidden = self.norm_f(hidden.to(self.norm_f.weight.dtype))
         return hidden
 
