@@ -1,6 +1,6 @@
 """Parameters and floating-point operations of a model, by part and by kind of operator.
 
-python tools/get_flops.py configs/vim/cascade_mask_rcnn_vim_ti_coco.py --sizes 224 512 1024
+python tools/get_flops.py configs/vim/vim-ti_8xb128_in1k.py --sizes 224 512 1024
 """
 
 from _process import prepare

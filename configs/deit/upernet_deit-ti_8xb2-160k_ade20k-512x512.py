@@ -9,6 +9,5 @@ model = dict(
         img_size=512,
         out_indices=(2, 5, 8, 11),
         out_type='featmap',
-        drop_path_rate=0.1,
     )
 )

@@ -8,7 +8,8 @@ _base_ = [
 ]
 
 model = dict(
-    data_preprocessor=dict(batch_augments=[dict(type='BatchFixedSizePad', size=_base_.image_size, pad_mask=True)]),
+    # With no side above it, every image is padded to the whole frame, with zeros behind the normalisation.
+    data_preprocessor=dict(pad_size_divisor=_base_.image_size[0]),
     backbone=dict(img_size=_base_.image_size),
 )
 optim_wrapper = dict(paramwise_cfg=dict(decay_rate=0.837))

@@ -8,4 +8,5 @@ _base_ = [
 ]
 runner_type = 'mmvim.Runner'
 
+model = dict(backbone=dict(drop_path_rate=0.1))
 train_dataloader = dict(batch_size=2)

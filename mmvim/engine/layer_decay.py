@@ -13,7 +13,12 @@ from mmvim.registry import OPTIM_WRAPPER_CONSTRUCTORS
 
 NORMS = (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 SCOPES = ('all', 'embedding')
-KEYS = {'decay_rate', 'decay_scope', 'norm_decay_mult', 'bias_decay_mult', 'flat_decay_mult', 'custom_keys'}
+KEYS = {
+    'decay_rate', 'decay_scope', 'no_decay', 'norm_decay_mult', 'bias_decay_mult', 'flat_decay_mult', 'custom_keys',
+}  # fmt: skip
+EMBEDDINGS = {'pos_embed', 'cls_token', 'cls_token_head', 'cls_token_tail'}
+# Which of the names that backbones declare keep no weight decay; None for all.
+NO_DECAY = dict(declared=None, embeddings=EMBEDDINGS, positions={'pos_embed'}, none=set())
 CUSTOM = {'lr_mult', 'decay_mult'}
 
 
@@ -30,6 +35,10 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     - ``decay_rate`` (float): factor from one depth to the one before it, in (0, 1]. Defaults to 1, no decay.
     - ``decay_scope`` (str): 'all' (default), or 'embedding' to lower the rate of depth 0 alone, the patch embedding
       and positions, which is what the released Vim segmentation recipe does in fact (see configs/vim/README.md).
+    - ``no_decay`` (str): which of the names in ``no_weight_decay()`` get none: 'declared' (default), all of them;
+      'embeddings', positions and class tokens, as timm has it in DeiT's recipe; 'positions' alone, as detectron2's
+      ViTDet has it; 'none', as BEiT's segmentation recipe has it. The others are treated by their dimensions, so
+      that with the default factors below a ``D`` of Mamba, which has one, gets no weight decay in any case.
     - ``norm_decay_mult``, ``bias_decay_mult``, ``flat_decay_mult`` (float): factor on the weight decay of norms,
       biases, and other one-dimensional parameters. Default to 0.
     - ``custom_keys`` (dict): parts of parameter names to ``dict(lr_mult=..., decay_mult=...)``, as in mmengine's own
@@ -61,6 +70,8 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             raise ValueError(f'decay_rate must be in (0, 1], got {self.paramwise_cfg["decay_rate"]}')
         if self.paramwise_cfg.get('decay_scope', 'all') not in SCOPES:
             raise ValueError(f'decay_scope must be one of {SCOPES}, got {self.paramwise_cfg["decay_scope"]!r}')
+        if self.paramwise_cfg.get('no_decay', 'declared') not in NO_DECAY:
+            raise ValueError(f'no_decay must be one of {tuple(NO_DECAY)}, got {self.paramwise_cfg["no_decay"]!r}')
         for key, custom in (self.paramwise_cfg.get('custom_keys') or {}).items():
             if not isinstance(custom, dict) or not set(custom) <= CUSTOM:
                 raise ValueError(f'custom_keys[{key!r}] may be a dict with {sorted(CUSTOM)}, got {custom!r}')
@@ -111,17 +122,18 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
                 hint = f'did you mean {close[0]!r}?' if close else f'its names are like {names[0]!r} and {names[-1]!r}'
                 raise ValueError(f'custom_keys: {key!r} fits no parameter of {type(module).__name__}; {hint}')
 
-    @staticmethod
-    def _declarations(module: nn.Module) -> tuple[dict[str, Callable], set[str]]:
-        """Prefix -> get_layer_depth of the modules that have one, and the full names that declare no weight decay."""
+    def _declarations(self, module: nn.Module) -> tuple[dict[str, Callable], set[str]]:
+        """Prefix -> get_layer_depth of the modules that have one, and the full names that get no weight decay."""
         depth_of, undecayed = {}, set()
+        kept = NO_DECAY[self.paramwise_cfg.get('no_decay', 'declared')]
         for prefix, child in module.named_modules():
             start = f'{prefix}.' if prefix else ''
             # A host's whole model may have the method too, only to hand it on to its backbone.
             if hasattr(child, 'get_layer_depth') and not hasattr(child, 'backbone'):
                 depth_of[start] = child.get_layer_depth
             if hasattr(child, 'no_weight_decay'):
-                undecayed |= {start + name for name in child.no_weight_decay()}
+                names = child.no_weight_decay()
+                undecayed |= {start + name for name in names if kept is None or name.rpartition('.')[2] in kept}
         return depth_of, undecayed
 
     def _factors(self, name, leaf, parameter, owner, depth_of, undecayed) -> tuple[float, float]:

@@ -78,7 +78,7 @@ def _reduce_backbone(backbone, kind):
 
 
 def _reduce_detector(model, channels):
-    model.data_preprocessor.batch_augments = None
+    model.data_preprocessor.pad_size_divisor = 32  # not the whole frame
     model.neck.update(in_channels=channels, out_channels=WIDTH)
     model.rpn_head.update(in_channels=WIDTH, feat_channels=WIDTH)
     roi_head = model.roi_head

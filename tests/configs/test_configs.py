@@ -1,14 +1,16 @@
 """Every config of the project builds, trains and predicts at a reduced size, and its numbers fit each other."""
 
+import re
 import resource
 
+import numpy as np
 import pytest
 import torch
 import yaml
-from config_runs import CONFIGS, NAMES, rates, reduced, train_and_predict
+from config_runs import CONFIGS, NAMES, rates, reduced, samples, train_and_predict
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
-from mmengine.registry import MODELS, PARAM_SCHEDULERS
+from mmengine.registry import MODELS, PARAM_SCHEDULERS, TRANSFORMS
 
 from mmvim.models import HierVim, MambaVision, VisionMamba, VisionTransformer
 
@@ -18,6 +20,12 @@ FAMILIES = dict(
 CONTROL = 'mambavision/upernet_r18_camvid-240x180.py'
 DETECTION = [name for name in NAMES if 'cascade_mask_rcnn' in name and not name.startswith('deit')]
 VIM = [name for name in DETECTION if name.startswith('vim/')]
+# Recipes of the released code of Vim, with their baseline and ablations.
+RELEASED = [
+    name
+    for name in NAMES
+    if name.startswith(('vim/', 'deit/', 'vim_ablations/')) and 'folder' not in name and 'camvid' not in name
+]
 
 
 def test_the_list_is_not_empty():
@@ -58,7 +66,9 @@ def test_full_size_models_build_and_all_parts_fit(load, name):
         check_that_parts_fit(cfg.model, model)
     groups = build_optim_wrapper(model, cfg.optim_wrapper).optimizer.param_groups
     assert sum(len(group['params']) for group in groups) == sum(p.requires_grad for p in model.parameters())
-    if name != CONTROL:
+    no_decay = cfg.optim_wrapper.get('paramwise_cfg', {}).get('no_decay', 'declared')
+    assert (no_decay != 'declared') == (name in RELEASED)
+    if name != CONTROL and no_decay == 'declared':
         decayed = {id(p) for group in groups for p in group['params'] if group['weight_decay']}
         names = dict(model.backbone.named_parameters())
         assert not [name for name in model.backbone.no_weight_decay() if id(names[name]) in decayed]
@@ -139,14 +149,92 @@ def test_the_released_recipe(build):
     assert found['backbone.layers.23.mixer.in_proj.weight'][0] == pytest.approx(1e-4 * 0.837)
     assert found['backbone.layers.0.mixer.in_proj.weight'][0] == pytest.approx(1e-4 * 0.837**24)
     assert found['backbone.pos_embed'] == pytest.approx((1e-4 * 0.837**25, 0))
-    assert found['backbone.layers.3.mixer.A_log'][1] == 0
     heads = model.roi_head.bbox_head
     assert len(heads) == 3 and all(len(h.shared_convs) == 4 and len(h.shared_fcs) == 1 for h in heads)
     assert all(type(c.norm).__name__ == 'LayerNorm2d' for h in heads for c in h.shared_convs)
     assert len(model.rpn_head.rpn_conv) == 2
     train, test = cfg.train_dataloader.dataset.pipeline, cfg.test_dataloader.dataset.pipeline
     assert train[2].ratio_range == (0.1, 2.0) and train[3].crop_size == train[2].scale == (1024, 1024)
-    assert min(test[1].scale) == 1024
+    assert test[1].scale == (1024, 1024) and test[1].keep_ratio
+
+
+# Parameters of each kind, as patterns of their names.
+KINDS = dict(
+    positions=r'backbone\.pos_embed',
+    class_tokens=r'backbone\.cls_token(_head|_tail)?',
+    A=r'.*\.(A_log|A_b_log)',
+    D=r'.*\.(D|D_b)',
+    backbone_norms=r'backbone\..*norm(1|2|_f)?\.(weight|bias)',
+    head_norms=r'(?!backbone\.).*(norm|bn)\.(weight|bias)',
+    biases=r'(?!.*(norm\d?|bn)\.bias).*\.bias',
+    weights=r'.*(proj|conv1d|qkv|fc1|fc_cls|fc_reg|conv_seg|head\.fc)\.weight',
+)
+
+
+def exempt(name):
+    """Kinds of parameters without weight decay in the released recipe: its optimiser's rules, read from its code."""
+    if 'rcnn' in name:  # detectron2: all but pos_embed and PyTorch's own norms, and RMSNorm is Mamba's
+        return {'positions', 'backbone_norms'} if name.startswith('deit') else {'positions'}
+    flat = {'D', 'biases', 'backbone_norms', 'head_norms'}
+    if 'in1k' in name:  # timm 0.4.12
+        return {'positions', 'class_tokens', *flat}
+    return flat  # BEiT's constructor, which looks for the names 'pos_embed' and 'cls_token' without 'backbone.'
+
+
+@pytest.mark.parametrize('name', [name for name in RELEASED if 'segmenter' not in name])
+def test_weight_decay_is_the_released_one(load, name):
+    cfg = load(name)
+    found = {}
+    for parameter, (_, decay) in rates(cfg).items():
+        for kind, pattern in KINDS.items():
+            if re.fullmatch(pattern, parameter):
+                found.setdefault(kind, set()).add(decay)
+    wanted = cfg.optim_wrapper.optimizer.weight_decay
+    assert found == {kind: {0 if kind in exempt(name) else wanted} for kind in found}
+    assert ('head_norms' in found) != ('in1k' in name)
+    assert {'positions', 'biases', 'backbone_norms', 'weights'} <= set(found)
+    assert ('A' in found and 'D' in found) != name.startswith('deit')
+
+
+# stochastic depth of the released runs
+DROP_PATH = {
+    'rcnn_vim': 0.1,
+    'rcnn_deit': 0.1,
+    'upernet_vim': 0.1,
+    'upernet_deit': 0.0,
+    'stride8': 0.0,
+    'vim-ti': 0.0,
+    'vim-s_': 0.05,
+    'vim-b_': 0.1,  # ours
+    'deit-': 0.1,
+    'segmenter': 0.0,  # ours
+}
+
+
+@pytest.mark.parametrize('name', RELEASED)
+def test_stochastic_depth_is_the_released_one(read, name):
+    wanted = next(rate for part, rate in DROP_PATH.items() if part in name)
+    assert read(name).model.backbone.get('drop_path_rate', 0.0) == wanted
+
+
+@pytest.mark.parametrize('name', [name for name in RELEASED if 'rcnn' in name])
+def test_detectors_are_tested_in_the_frame_of_training(load, name):
+    """Both sides at most 1024, in the corner of a square of zeros behind the normalisation."""
+    cfg = load(name)
+    preprocessor = MODELS.build(cfg.model.data_preprocessor)
+    (resize,) = [step for step in cfg.test_dataloader.dataset.pipeline if 'Resize' in step.type]
+    for size in ((480, 640), (640, 480), (20, 3000)):
+        image = np.full((*size, 3), 255, np.uint8)
+        resized = TRANSFORMS.build(resize)(dict(img=image))
+        h, w = resized['img_shape']
+        assert max(h, w) == 1024 and h == pytest.approx(max(size[0] * 1024 / max(size), 2), abs=1)
+        for training in (True, False):
+            data = samples('mmdet', [(h, w), (1024, 1024)])
+            data['inputs'][0].fill_(255)
+            inputs, found = preprocessor(data, training).values()
+            assert inputs.shape == (2, 3, 1024, 1024)
+            assert (inputs[0, :, :h, :w] != 0).all() and not inputs[0, :, h:].any() and not inputs[0, :, :, w:].any()
+            assert found[0].img_shape == (h, w) and found[0].pad_shape == found[0].batch_input_shape == (1024, 1024)
 
 
 def test_the_schedule_of_the_paper_falls_linearly_to_zero(build):

@@ -21,7 +21,7 @@ def test_all_that_was_promised_is_there():
         promised += [ADE20K.format('vim', size, schedule) for size in ('ti', 's', 'b')]
         promised += [ADE20K.format('deit', size, schedule) for size in ('ti', 's')]
     promised += [f'{family}/{family}-{size}_8xb128_in1k.py' for family in ('vim', 'deit') for size in ('ti', 's', 'b')]
-    promised += [f'vim/vim-{size}-stride8_8xb128-30e_in1k.py' for size in ('ti', 's')]
+    promised += [f'vim/vim-{size}-stride8_8xb128-30e_in1k.py' for size in ('ti', 's', 'b')]
     promised += [f'{family}/upernet_{family}-ti_camvid-240x180.py' for family in ('vim', 'deit')]
     promised += ['vim/cascade_mask_rcnn_vim_ti_coco_folder.py', 'vim/upernet_vim-ti_folder.py']
     assert set(promised) <= set(NAMES)
@@ -51,6 +51,13 @@ def test_one_training_step_and_one_prediction_at_full_size(load, name, size):
 
 
 @pytest.mark.parametrize('kind', ['mask', 'cascade_mask'])
+def test_rates_of_vim_b_fall_faster(load, kind):
+    found = rates(load(f'vim/{kind}_rcnn_vim_b_coco.py'))
+    assert found['backbone.layers.23.mixer.in_proj.weight'] == pytest.approx((1e-4 * 0.7, 0.1))
+    assert found['backbone.pos_embed'] == pytest.approx((1e-4 * 0.7**25, 0))
+
+
+@pytest.mark.parametrize('kind', ['mask', 'cascade_mask'])
 def test_deit_detects_by_the_recipe_of_vim_with_windows(load, kind):
     vim, deit = load(f'vim/{kind}_rcnn_vim_ti_coco.py'), load(f'deit/{kind}_rcnn_deit_ti_coco.py')
     backbone = MODELS.build(deit.model.backbone)
@@ -60,10 +67,12 @@ def test_deit_detects_by_the_recipe_of_vim_with_windows(load, kind):
     found, wanted = rates(deit), rates(vim)
     assert found['backbone.blocks.11.mlp.fc1.weight'] == pytest.approx((1e-4 * 0.7, 0.1))
     assert found['backbone.blocks.0.norm1.weight'] == pytest.approx((1e-4 * 0.7**12, 0))
+    assert found['backbone.blocks.0.mlp.fc1.bias'] == pytest.approx((1e-4 * 0.7**12, 0.1))
     assert found['backbone.pos_embed'] == pytest.approx((1e-4 * 0.7**13, 0))
     # over all blocks the rates fall alike
     assert found['backbone.pos_embed'][0] == pytest.approx(wanted['backbone.pos_embed'][0], rel=0.2)
     deit.pop('vitdet')  # the backbone's settings by name
+    assert deit.optim_wrapper.paramwise_cfg.pop('custom_keys') == deit.pop('vitdet_decay').custom_keys
     for cfg in (vim, deit):
         cfg.model.pop('backbone')
         cfg.optim_wrapper.paramwise_cfg.pop('decay_rate')
@@ -128,9 +137,12 @@ def test_the_released_recipe_on_ade20k(load, size):
     assert (warmup.end, decay.begin, decay.end) == (1500, 1500, 60000)
     found = rates(cfg)
     assert found['decode_head.conv_seg.weight'] == pytest.approx((lr, weight_decay))
-    assert found['backbone.layers.23.mixer.in_proj.weight'][0] == pytest.approx(lr * layer_decay)
-    assert found['backbone.layers.0.mixer.in_proj.weight'][0] == pytest.approx(lr * layer_decay**24)
-    assert found['backbone.pos_embed'] == pytest.approx((lr * layer_decay**25, 0))
+    assert {rate for name, (rate, _) in found.items() if 'layers.' in name} == {lr}
+    assert found['backbone.pos_embed'] == pytest.approx((lr * layer_decay**25, weight_decay))
+    cfg.optim_wrapper.paramwise_cfg.decay_scope = 'all'
+    meant = rates(cfg)
+    assert meant['backbone.layers.23.mixer.in_proj.weight'][0] == pytest.approx(lr * layer_decay)
+    assert meant['backbone.layers.0.mixer.in_proj.weight'][0] == pytest.approx(lr * layer_decay**24)
     if size == 'b':
         return
     deit = load(ADE20K.format('deit', size, '8xb4-60k'))
@@ -165,11 +177,16 @@ def test_the_recipe_on_imagenet(load, name):
     assert cfg.custom_hooks[0].type == 'EMAHook'
 
 
-@pytest.mark.parametrize('size', ['ti', 's'])
+@pytest.mark.parametrize('size', ['ti', 's', 'b'])
 def test_long_sequence_fine_tuning(load, size):
     cfg = load(f'vim/vim-{size}-stride8_8xb128-30e_in1k.py')
-    backbone = MODELS.build(cfg.model.backbone)
-    assert backbone.grid == (27, 27) and backbone.patch_embed.proj.kernel_size == (16, 16)
+    with torch.device('meta'):
+        backbone = MODELS.build(cfg.model.backbone)
+    assert (
+        backbone.grid == (27, 27)
+        and cfg.model.backbone.arch == ARCH['vim'][size]
+        and backbone.patch_embed.proj.kernel_size == (16, 16)
+    )
     assert cfg.train_cfg.max_epochs == 30 and not cfg.param_scheduler
     assert rates(cfg)['head.fc.weight'] == pytest.approx((1e-5, 1e-8))
 

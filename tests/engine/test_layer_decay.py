@@ -73,6 +73,31 @@ def test_defaults_without_paramwise_cfg():
     assert found['backbone.layers.0.mixer.A_log'] == (1.0, 0.0)
 
 
+CASES = [
+    ('declared', set()),
+    ('embeddings', {'A_log', 'A_b_log'}),
+    ('positions', {'A_log', 'A_b_log', 'cls_token'}),
+    ('none', {'A_log', 'A_b_log', 'cls_token', 'pos_embed'}),
+]
+
+
+@pytest.mark.parametrize(('no_decay', 'decayed'), CASES)
+def test_which_of_the_declared_names_have_no_weight_decay(no_decay, decayed):
+    """By dimension, where the name does not say otherwise: D has one."""
+    model = Model()
+    found = settings_by_name(model, decay_rate=0.5, no_decay=no_decay)
+    plain = settings_by_name(model, decay_rate=0.5)
+    names = {f'backbone.{name}' for name in model.backbone.no_weight_decay()}
+    for name, (lr, weight_decay) in plain.items():
+        wanted = (0.5 if name.rpartition('.')[2] in decayed else 0.0) if name in names else weight_decay
+        assert found[name] == (lr, wanted), name
+
+
+def test_weight_decay_of_all_but_positions():
+    found = settings_by_name(Model(), no_decay='positions', norm_decay_mult=1, bias_decay_mult=1, flat_decay_mult=1)
+    assert [name for name, (_, weight_decay) in found.items() if weight_decay != 0.5] == ['backbone.pos_embed']
+
+
 def test_decay_of_the_embedding_alone():
     found = settings_by_name(Model(), decay_rate=0.5, decay_scope='embedding')
     assert found['backbone.pos_embed'] == (0.125, 0.0)
@@ -124,6 +149,7 @@ def test_frozen_parameters_are_left_out():
         (dict(layer_decay_rate=0.5), 'layer_decay_rate'),
         (dict(decay_rate=1.5), 'decay_rate must be in'),
         (dict(decay_scope='some'), 'decay_scope must be one of'),
+        (dict(no_decay='some'), "no_decay must be one of .*'positions'.*, got 'some'"),
         (dict(custom_keys={'backbon3': {}}), "'backbon3' fits no parameter of Model; did you mean 'backbone'?"),
         (
             dict(custom_keys={'neck': {}}),

@@ -1,4 +1,4 @@
-# COCO with large-scale jitter in a 1024x1024 frame; tested at short side 1024, long side at most 1024 * 1333 / 800.
+# COCO with large-scale jitter in a 1024x1024 frame; tested with the longer side at 1024.
 data_root = 'data/coco/'
 image_size = (1024, 1024)
 
@@ -13,7 +13,7 @@ train_pipeline = [
 ]
 test_pipeline = [
     dict(type='mmvim.LoadImageFromFile'),
-    dict(type='mmvim.Resize', scale=(image_size[1] * 1333 // 800, image_size[0]), keep_ratio=True),
+    dict(type='mmvim.Resize', scale=image_size, keep_ratio=True),
     dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
     dict(type='PackDetInputs', meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')),
 ]
