@@ -165,8 +165,8 @@ KINDS = dict(
     A=r'.*\.(A_log|A_b_log)',
     D=r'.*\.(D|D_b)',
     backbone_norms=r'backbone\..*norm(1|2|_f)?\.(weight|bias)',
-    head_norms=r'(?!backbone\.).*(norm|bn)\.(weight|bias)',
-    biases=r'(?!.*(norm\d?|bn)\.bias).*\.bias',
+    head_norms=r'(?!backbone\.).*(norm|bn|ln)\.(weight|bias)',
+    biases=r'(?!.*(norm\d?|bn|ln)\.bias).*\.bias',
     weights=r'.*(proj|conv1d|qkv|fc1|fc_cls|fc_reg|conv_seg|head\.fc)\.weight',
 )
 
