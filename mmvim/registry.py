@@ -33,6 +33,7 @@ SCOPE = 'mmvim'
 # below: a segmentation or classification config then never loads MMDetection.
 HOST_PARTS = {
     'CascadeRoIHead': 'mmvim.models.roi_heads',
+    'AllBoxesSampler': 'mmvim.models.roi_heads',
     'TokenMaxClsHead': 'mmvim.models.heads',
     'InstanceTTAModel': 'mmvim.models.test_time_augs',
     'CocoFolderDataset': 'mmvim.datasets.coco',

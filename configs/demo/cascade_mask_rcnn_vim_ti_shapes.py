@@ -22,6 +22,10 @@ model = dict(
     rpn_head=dict(in_channels=channels, feat_channels=channels, anchor_generator=dict(scales=[4], strides=strides)),
     roi_head=dict(
         num_classes=4,
+        # MMDetection's way to train a cascade, not the released detectors'
+        stage_loss_weights=(1.0, 0.5, 0.25),
+        scale_gradient=False,
+        resample=True,
         bbox_roi_extractor=roi_extractor,
         bbox_head=dict(
             type='ConvFCBBoxHead',
