@@ -2,7 +2,6 @@
 
 import argparse
 import difflib
-import inspect
 import os
 import sys
 import traceback
@@ -18,18 +17,20 @@ from mmengine.runner import Runner, find_latest_checkpoint
 import mmvim
 from mmvim.compat import explain_transformers
 from mmvim.compat.types import kind_of
-from mmvim.engine.complete import complete_config
+from mmvim.engine.complete import COMPLETED_KEYS, complete_config, completed_keys
+from mmvim.engine.config_files import (
+    RUNNER_KEYS,
+    SPLIT_KEYS,
+    ConfigFile,
+    check_read,
+    config_files,
+    follow_validation,
+    places_of,
+    runner_keys,
+    unread,
+)
 from mmvim.errors import ConfigError, InputError
 
-RUNNER_KEYS = (set(inspect.signature(Runner.__init__).parameters) - {'self', 'cfg'}) | {
-    'activation_checkpointing', 'compile', 'custom_imports', 'efficient_conv_bn_eval', 'find_unused_parameters',
-    'runner_type', 'sync_bn', 'tta_model', 'tta_pipeline',
-}  # fmt: skip
-COMPLETED_KEYS = {
-    'data_root', 'train_ann', 'val_ann', 'test_ann', 'train_img', 'val_img', 'test_img', 'skip_bad_images', 'classes',
-    'num_classes', 'image_size', 'max_iters', 'ignore_index', 'reduce_zero_label', 'img_suffix', 'seg_map_suffix',
-    'crop_size',
-}  # fmt: skip
 DEBUG = 'MMVIM_TRACEBACK'
 
 
@@ -135,13 +136,16 @@ def load_config(args: argparse.Namespace) -> Config:
     except (KeyError, NameError, TypeError, AttributeError, ImportError) as error:
         raise ConfigError(f"config '{path}' cannot be read: {error}") from None
     _check_names(cfg, path)
+    files = config_files(cfg.filename)
+    follow_validation(cfg, files)
     check_options(cfg, args.cfg_options)
-    before = dict(cfg)
+    before = deepcopy(cfg)
     try:
         cfg.merge_from_dict(args.cfg_options)
     except (TypeError, KeyError, IndexError) as error:
         raise ConfigError(f'--cfg-options {" ".join(args.cfg_options)} does not fit the config: {error}') from None
-    _check_use(cfg, before, args.cfg_options)
+    _follow_options(cfg, before, args.cfg_options)
+    _check_use(cfg, before, args.cfg_options, files)
     cfg.launcher = args.launcher
     cfg.setdefault('runner_type', 'mmvim.Runner')
     if args.work_dir or not cfg.get('work_dir'):
@@ -202,25 +206,34 @@ def _refuse_unknown(option: str, part: str, seen: list[str], node: dict) -> None
     raise ConfigError(f"--cfg-options {option}: the config has no key '{'.'.join([*seen, part])}'; {hint}")
 
 
-def _check_use(cfg: Config, before: dict, options: dict) -> None:
-    """Refuse to set a variable of a config file: what the file made of it is fixed by now."""
-    variables = [option for option in options if '.' not in option and option not in RUNNER_KEYS]
-    if not variables:
+def _follow_options(cfg: Config, before: Config, options: dict) -> None:
+    """Let the test follow the validation: options that change one of two equal settings mean both."""
+    given = {option.partition('.')[0] for option in options}
+    for kind in SPLIT_KEYS:
+        val, test = f'val_{kind}', f'test_{kind}'
+        if val in given and test not in given and cfg.get(val) is not None and before.get(val) == before.get(test):
+            cfg[test] = deepcopy(cfg[val])
+
+
+def _check_use(cfg: Config, before: Config, options: dict, files: list[ConfigFile]) -> None:
+    """Refuse to set a variable of a config file, here or in a file that inherits it: what the file made of it is fixed.
+
+    What :func:`mmvim.engine.complete.complete_config` reads is known only where it finds the data; else it will say
+    itself what it lacks.
+    """
+    read = runner_keys(cfg)
+    variables = {option.partition('.')[0] for option in options} - read
+    if not variables and not unread(files, read):
         return
-    used = complete_config(deepcopy(cfg))
-    for name in variables:
-        if name not in used:
-            places = _places(before, before[name]) if name in before else []
-            hint = f'set {" and ".join(places[:4])} instead' if places else 'name the key that should change'
-            raise ConfigError(f'--cfg-options {name}: nothing in this config takes its value from there; {hint}')
-
-
-def _places(node: object, value: object, path: str = '') -> list[str]:
-    """Dotted keys below the top level that hold a value, or a string that starts with it."""
-    if path.count('.') and (node == value or (isinstance(value, str) and value and str(node).startswith(value))):
-        return [path]
-    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list | tuple) else ()
-    return [place for key, child in items for place in _places(child, value, f'{path}.{key}'.lstrip('.'))]
+    try:
+        read |= completed_keys(cfg, complete_config(deepcopy(cfg)))
+    except InputError:
+        read |= COMPLETED_KEYS
+    for name in sorted(variables - read):
+        places = places_of(before, name, before.get(name))
+        hint = f'set {" and ".join(places[:4])} instead' if places else 'name the key that should change'
+        raise ConfigError(f'--cfg-options {name}: nothing in this config takes its value from there; {hint}')
+    check_read(cfg, files, read)
 
 
 # ---- tools

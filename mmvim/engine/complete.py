@@ -12,6 +12,11 @@ from mmvim.errors import ConfigError, DataError
 LOADERS = dict(train_dataloader='train', val_dataloader='val', test_dataloader='test')
 LONGEST = (1333, 800)  # longest and shortest side of MMDetection's usual frame
 LONGEST_SEG = (4, 1)  # of MMSegmentation's
+COMPLETED_KEYS = {
+    'data_root', 'train_ann', 'val_ann', 'test_ann', 'train_img', 'val_img', 'test_img', 'skip_bad_images', 'classes',
+    'num_classes', 'image_size', 'max_iters', 'ignore_index', 'reduce_zero_label', 'img_suffix', 'seg_map_suffix',
+    'crop_size',
+}  # fmt: skip
 COCO_FOLDER, LABEL_MAPS = 'CocoFolderDataset', 'BaseSegDataset'
 
 
@@ -56,6 +61,11 @@ def complete_config(cfg: ConfigDict) -> set[str]:
     _fill_image_size(cfg, [dataset for _, dataset in datasets], bool(label_maps), used)
     _fill_max_iters(cfg, used)
     return used
+
+
+def completed_keys(cfg: ConfigDict, used: set[str]) -> set[str]:
+    """Top-level keys that :func:`complete_config` reads: those it used, and those that say by None that they do not."""
+    return used | {key for key in COMPLETED_KEYS if cfg.get(key) is None}
 
 
 def dataset_of(loader: dict | None) -> dict:

@@ -11,7 +11,8 @@ from mmengine.runner import Runner as _Runner
 from torch import nn
 
 import mmvim.checkpoints  # noqa: F401  (reads checkpoints without running code from them)
-from mmvim.engine.complete import check_data_root, complete_config, dataset_of
+from mmvim.engine.complete import check_data_root, complete_config, completed_keys, dataset_of
+from mmvim.engine.config_files import check_read, config_files, follow_validation, runner_keys
 from mmvim.engine.empty_data import NUMPY_MESSAGE, explain_empty
 from mmvim.errors import ConfigError, DataError
 from mmvim.registry import RUNNERS
@@ -24,6 +25,7 @@ class Runner(_Runner):
     """mmengine's Runner, which
 
     - fills in what follows from the data (:func:`mmvim.engine.complete.complete_config`),
+    - refuses a config file with a key that nothing reads (:mod:`mmvim.engine.config_files`),
     - refuses heads and label maps that do not fit the classes, and checkpoints that do not fit the model,
     - trains in one or several processes on a CPU, with SyncBN turned into BatchNorm there,
     - logs the progress of a test at least ten times.
@@ -35,9 +37,16 @@ class Runner(_Runner):
 
     @classmethod
     def from_cfg(cls, cfg) -> 'Runner':
-        """Build a runner from a config."""
+        """Build a runner from a config.
+
+        Raises:
+            ConfigError: if a file of the config sets a key that nothing reads.
+        """
         cfg = copy.deepcopy(cfg)
-        complete_config(cfg)
+        files = config_files(getattr(cfg, 'filename', None))
+        follow_validation(cfg, files)
+        used = complete_config(cfg)
+        check_read(cfg, files, runner_keys(cfg) | completed_keys(cfg, used))
         return super().from_cfg(cfg)
 
     def setup_env(self, env_cfg: dict) -> None:

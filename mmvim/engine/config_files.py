@@ -1,0 +1,186 @@
+"""What the files of a config say, which the values that come out of them do not show."""
+
+import ast
+import inspect
+import os
+import re
+from collections.abc import Iterable
+from copy import deepcopy
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+from mmengine.config import Config
+from mmengine.runner import Runner
+
+import mmvim
+from mmvim.errors import ConfigError
+
+RUNNER_KEYS = (set(inspect.signature(Runner.__init__).parameters) - {'self', 'cfg'}) | {
+    'activation_checkpointing', 'compile', 'custom_imports', 'efficient_conv_bn_eval', 'find_unused_parameters',
+    'model_wrapper_cfg', 'runner_type', 'strategy', 'sync_bn', 'tta_model', 'tta_pipeline',
+}  # fmt: skip
+PLACEHOLDER = re.compile(r'\{\{.*?\}\}')  # mmengine's, such as {{_base_.data_root}}
+BASE_READ = re.compile(r'\b_base_(?:\.|\[[\'"])(\w+)')
+SPLIT_KEYS = ('dataloader', 'evaluator')
+
+
+def runner_keys(cfg: Config) -> set[str]:
+    """Top-level keys that mmengine's Runner or a tool reads; a data preprocessor only if the model has none itself."""
+    return RUNNER_KEYS - ({'data_preprocessor'} if (cfg.get('model') or {}).get('data_preprocessor') else set())
+
+
+class ConfigFile(NamedTuple):
+    """One file of a config.
+
+    Attributes:
+        path: the file.
+        bases: files of its ``_base_``.
+        assigned: its top-level keys, and the line that sets each.
+        copies: keys that are set to what another key of the file is, and that key.
+        read: names that the file uses itself.
+        base_read: keys of its bases that it uses by ``_base_.KEY``.
+        is_child: whether it inherits.
+        is_hosts: whether it belongs to the configs of a host.
+    """
+
+    path: str
+    bases: list[str]
+    assigned: dict[str, int]
+    copies: dict[str, str]
+    read: set[str]
+    base_read: set[str]
+    is_child: bool
+    is_hosts: bool
+
+
+def config_files(path: str | None) -> list[ConfigFile]:
+    """A config file and all that it inherits from, bases first; none of what is not Python, or no file."""
+    if not path or not path.endswith('.py') or not os.path.isfile(path):
+        return []
+    text = Path(path).read_text(encoding='utf-8')
+    tree = ast.parse(PLACEHOLDER.sub('None', text))
+    assigned, copies = {}, {}
+    for node in tree.body:
+        if not isinstance(node, ast.Assign | ast.AnnAssign):
+            continue
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+        names = [n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
+        assigned.update(dict.fromkeys(names, node.lineno))
+        if isinstance(node.value, ast.Name):
+            copies.update(dict.fromkeys(names, node.value.id))
+        elif len(targets) > 1:  # a = b = dict(...)
+            copies.update({name: names[i - 1] for i, name in enumerate(names)})
+    bases = _base_files(path) if '_base_' in assigned else []
+    own = ConfigFile(
+        path=path,
+        bases=bases,
+        assigned={name: line for name, line in assigned.items() if not name.startswith('_')},
+        copies=copies,
+        read={n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)},
+        base_read=set(BASE_READ.findall(text)),
+        is_child=bool(bases) or 'read_base' in text,
+        is_hosts=_is_hosts(os.path.dirname(os.path.abspath(path))),
+    )
+    return [*(file for base in bases for file in config_files(base)), own]
+
+
+def _base_files(path: str) -> list[str]:
+    return [Config._get_cfg_path(base, path)[0] for base in Config._get_base_files(path)]
+
+
+@cache
+def _is_hosts(folder: str) -> bool:
+    """Whether a folder is in a collection of configs other than mmvim's: OpenMMLab's have an index above them."""
+    here = Path(folder)
+    ours = {Path(mmvim.__file__).parents[1], Path(mmvim.__file__).parent / '.mim'}
+    return any((parent / 'model-index.yml').is_file() and parent not in ours for parent in (here, *here.parents))
+
+
+def unread(files: list[ConfigFile], read_keys: Iterable[str]) -> list[tuple[str, ConfigFile]]:
+    """Top-level keys of files with bases that nothing reads, and the file of each, the last file first.
+
+    A key is read by the runner or by :func:`mmvim.engine.complete.complete_config`, by its own file below it, or by a
+    file that inherits it. What a base made of its own key is fixed by the time that a child sets the key anew. In a
+    file without bases nothing is said to be unread: a config that training saved is one, with all that it was made of.
+
+    Args:
+        files: the files of a config, bases first.
+        read_keys: keys that runner or completion read.
+    """
+    found = []
+    for i in reversed(range(len(files))):
+        file = files[i]
+        if file.is_hosts or not file.is_child:
+            continue
+        known = {*read_keys, *file.read, *(key for later in files[i + 1 :] for key in later.base_read)}
+        found += [(key, file) for key in file.assigned if key not in known]
+    return found
+
+
+def _value(paths: Iterable[str], key: str) -> object:
+    """What a key is in the first file that has it; None if there is none."""
+    values = (Config.fromfile(path, import_custom_modules=False).get(key) for path in paths)
+    return next((value for value in values if value is not None), None)
+
+
+def follow_validation(cfg: Config, files: list[ConfigFile]) -> None:
+    """Let test data loader and evaluator be those of the validation, where files first make them so and then change
+    the validation's alone.
+
+    ``test_evaluator = val_evaluator`` in a base copies what is there. A child that sets ``val_evaluator`` to another
+    metric means the test too, unless it sets ``test_evaluator`` or turns validation off by None. Hosts' own configs
+    stay as they are, and so does what was changed since the file was read.
+    """
+    for kind in SPLIT_KEYS:
+        val, test = f'val_{kind}', f'test_{kind}'
+        tied = due = has_test = False
+        for file in files:
+            if test in file.assigned:
+                same = file.copies.get(test) == val or file.copies.get(val) == test
+                tied, due, has_test = same and (tied or not has_test), False, True
+            elif val in file.assigned:
+                due = tied = tied and not file.is_hosts
+        if due and cfg.get(val) is not None:
+            if cfg[test] == Config.fromfile(files[-1].path, import_custom_modules=False)[test]:
+                cfg[test] = deepcopy(cfg[val])
+
+
+def check_read(cfg: Config, files: list[ConfigFile], read_keys: Iterable[str]) -> None:
+    """Refuse a file whose top-level key nothing reads, unless it only says again what it inherits.
+
+    Raises:
+        ConfigError: naming file, key, and what to set instead.
+    """
+    for key, file in unread(files, read_keys):
+        inherited = _value(file.bases, key)
+        if inherited is not None and inherited == _value([file.path], key):
+            continue
+        places = places_of(cfg, key, inherited)
+        hint = f'set {" and ".join(places[:4])} instead' if places else 'delete it'
+        raise ConfigError(
+            f"config '{file.path}', line {file.assigned[key]}: nothing in this config takes its value from '{key}'; "
+            f"{hint}, or begin its name with '_' if code of your own reads it"
+        )
+
+
+def places_of(cfg: Config, key: str, value: object) -> list[str]:
+    """Dotted keys below the top level that hold what a top-level key was, or have its name."""
+    return list(dict.fromkeys([*([] if value is None else _holding(cfg, value)), *_named(cfg, key)]))
+
+
+def _holding(node: object, value: object, path: str = '') -> list[str]:
+    if path.count('.') and (node == value or (isinstance(value, str) and value and str(node).startswith(value))):
+        return [path]
+    return [place for key, child in _items(node) for place in _holding(child, value, f'{path}.{key}'.lstrip('.'))]
+
+
+def _named(node: object, name: str, path: str = '') -> list[str]:
+    here = [path] if path.count('.') and path.rpartition('.')[2] == name else []
+    return here + [place for key, child in _items(node) for place in _named(child, name, f'{path}.{key}'.lstrip('.'))]
+
+
+def _items(node: object) -> Iterable[tuple]:
+    if isinstance(node, dict | Config):
+        return node.items()
+    return enumerate(node) if isinstance(node, list | tuple) else ()
