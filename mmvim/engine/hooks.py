@@ -9,6 +9,7 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from mmvim.checkpoints import Conversion, compare, find_state_dict, fit_to_classifier
+from mmvim.engine.complete import OTHER_HEADS, OTHER_PARTS, OTHER_TYPES
 from mmvim.errors import CheckpointError, ConfigError, DataError
 from mmvim.registry import HOOKS
 
@@ -49,11 +50,6 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
-# heads by the last part of their name, and classes, whose num_classes counts other things than the data's classes
-OTHER_HEADS = ('rpn_head', 'semantic_head')  # objects; things and stuff of MMDetection's HTC, SCNet and Panoptic FPN
-OTHER_TYPES = ('STDCHead',)  # borders
-
-
 def head_class_counts(model: nn.Module) -> Iterator[tuple[str, int]]:
     """Name and ``num_classes`` of every head of a model that tells the classes of the data apart.
 
@@ -64,7 +60,7 @@ def head_class_counts(model: nn.Module) -> Iterator[tuple[str, int]]:
         parts = name.split('.')
         if parts[-1].isdigit():
             parts.pop()
-        if not parts or not parts[-1].endswith('head') or parts[-1] in OTHER_HEADS or {'backbone', 'reid'} & set(parts):
+        if not parts or not parts[-1].endswith('head') or parts[-1] in OTHER_HEADS or set(OTHER_PARTS) & set(parts):
             continue
         count = getattr(module, 'num_classes', None)
         if isinstance(count, int) and count > 0 and type(module).__name__ not in OTHER_TYPES:

@@ -1,9 +1,10 @@
 import json
 
 import pytest
+import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.hub import get_config
-from mmengine.registry import DefaultScope
+from mmengine.registry import MODELS, DefaultScope
 
 from mmvim.engine.complete import check_data_root, complete_config, set_num_classes
 from mmvim.errors import ConfigError, DataError
@@ -46,6 +47,81 @@ def test_backbone_and_proposal_head_keep_theirs():
     model = ConfigDict(backbone=dict(num_classes=1000), rpn_head=dict(num_classes=1), head=dict(num_classes=80))
     set_num_classes(model, 3)
     assert counts(model) == {'.backbone': 1000, '.rpn_head': 1, '.head': 3}
+
+
+def others(model):
+    return {path: count for path, count in counts(model).items() if count != 7}
+
+
+@pytest.mark.parametrize(
+    'config, stay',
+    [
+        ('mmseg::stdc/stdc1_4xb12-80k_cityscapes-512x1024.py', {'.auxiliary_head.2': 2}),
+        ('mmseg::stdc/stdc1_in1k-pre_4xb12-80k_cityscapes-512x1024.py', {'.auxiliary_head.2': 2}),
+        ('mmseg::knet/knet-s3_r50-d8_upernet_8xb2-adamw-80k_ade20k-512x512.py', {}),
+        ('mmseg::point_rend/pointrend_r50_4xb2-80k_cityscapes-512x1024.py', {}),
+        ('mmdet::htc/htc_r50_fpn_1x_coco.py', {'.roi_head.semantic_head': 183}),
+        ('mmdet::scnet/scnet_r50_fpn_1x_coco.py', {'.roi_head.semantic_head': 183}),
+        ('mmdet::seesaw_loss/mask-rcnn_r50_fpn_seesaw-loss_random-ms-2x_lvis-v1.py', {}),
+        ('mmdet::seesaw_loss/cascade-mask-rcnn_r101_fpn_seesaw-loss_random-ms-2x_lvis-v1.py', {}),
+        ('mmdet::faster_rcnn/faster-rcnn_r50_fpn_fcos-rpn_1x_coco.py', {'.rpn_head': 1}),
+        ('mmdet::ms_rcnn/ms-rcnn_r50_fpn_1x_coco.py', {}),
+        ('mmdet::lad/lad_r50-paa-r101_fpn_2xb8_coco_1x.py', {}),
+        ('mmdet::strongsort/strongsort_yolox_x_8xb4-80e_crowdhuman-mot20train_test-mot20test.py', {'.reid.head': 380}),
+    ],
+)
+def test_counts_of_other_things_stay_in_the_hosts_models(tmp_path, config, stay):
+    (tmp_path / 'c.py').write_text(f"_base_ = '{config}'")
+    model = Config.fromfile(tmp_path / 'c.py', import_custom_modules=False).model
+    assert counts(model)
+    set_num_classes(model, 7)
+    assert others(model) == stay
+
+
+def test_a_seesaw_loss_trains_with_the_new_number():
+    head = get_config(
+        'mmdet::seesaw_loss/mask-rcnn_r50_fpn_seesaw-loss_random-ms-2x_lvis-v1.py'
+    ).model.roi_head.bbox_head
+    model = ConfigDict(bbox_head=head)
+    set_num_classes(model, 7)
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        built = MODELS.build(model.bbox_head)
+    scores, _ = built(torch.randn(5, 256, 7, 7))
+    loss = built.loss_cls(scores, torch.tensor([0, 3, 6, 7, 7]))
+    assert all(torch.isfinite(value) for value in loss.values())
+    model.bbox_head.update(num_classes=80)
+    model.bbox_head.loss_cls.num_classes = 1203  # not its head's: it does not follow
+    set_num_classes(model, 7)
+    assert (model.bbox_head.num_classes, model.bbox_head.loss_cls.num_classes) == (7, 1203)
+
+
+def test_a_panoptic_head_without_stuff_counts_things_and_one_with_stuff_is_refused():
+    model = get_config('mmdet::mask2former/mask2former_r50_8xb2-lsj-50e_coco.py').model
+    set_num_classes(model, 7)
+    for head in (model.panoptic_head, model.panoptic_fusion_head):
+        assert (head.num_things_classes, head.num_stuff_classes) == (7, 0)
+    assert model.panoptic_head.loss_cls.class_weight == [1.0] * 7 + [0.1]
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        model.panoptic_head.update(train_cfg=None, test_cfg=None)
+        assert MODELS.build(model.panoptic_head).cls_embed.out_features == 8
+    for name in ('panoptic_fpn/panoptic-fpn_r50_fpn_1x_coco.py', 'maskformer/maskformer_r50_ms-16xb1-75e_coco.py'):
+        model = get_config(f'mmdet::{name}').model
+        with pytest.raises(ConfigError, match=r'num_stuff_classes=53, but the data set has objects only: set it to 0'):
+            set_num_classes(model, 7)
+
+
+def test_weights_of_classes_follow_if_they_are_alike():
+    alike = dict(type='CrossEntropyLoss', class_weight=[1.0] * 19 + [0.1])
+    model = ConfigDict(
+        decode_head=dict(num_classes=19, loss_decode=[dict(alike), dict(alike, class_weight=[2.0] * 19)])
+    )
+    set_num_classes(model, 3)
+    assert [loss.class_weight for loss in model.decode_head.loss_decode] == [[1.0, 1.0, 1.0, 0.1], [2.0] * 3]
+    model = ConfigDict(decode_head=dict(num_classes=2, loss_decode=dict(class_weight=[1.0, 3.0])))
+    set_num_classes(model, 2)
+    assert model.decode_head.loss_decode.class_weight == [1.0, 3.0]
+    with pytest.raises(ConfigError, match=r'model\.decode_head\.loss_decode\.class_weight has a weight for each of 2'):
+        set_num_classes(model, 3)
 
 
 def test_paths_go_to_the_loaders_and_validation_serves_as_test(load_config, files):
