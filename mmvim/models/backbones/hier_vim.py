@@ -15,6 +15,7 @@ from mmvim.models.layers.arguments import (
     check_arch,
     check_backend,
     check_choice,
+    check_divide_output,
     check_flags,
     check_frozen_stages,
     check_numbers,
@@ -109,7 +110,7 @@ class HierVim(BaseModule):
             map, (B, C), for a classifier.
         directions: 'v2', both directions with parameters of their own; 'v1', both directions, only A separate; 'none',
             forward only.
-        divide_output: halve the sum of the two directions of 'v2'.
+        divide_output: halve the sum of the two directions of 'v2'; not to is for 'v2' only.
         drop_path_rate: stochastic depth, from 0 in the first block to this rate in the last one of all stages.
         frozen_stages: 0 freezes the patch embedding, i the first i stages as well; -1 nothing.
         with_cp: gradient checkpointing, one checkpoint a block.
@@ -151,7 +152,8 @@ class HierVim(BaseModule):
         check_choice('directions', directions, DIRECTIONS)
         check_numbers(patch_size=patch_size, in_channels=in_channels)
         check_rates(drop_path_rate=drop_path_rate)
-        check_flags(divide_output=divide_output, with_cp=with_cp)
+        check_divide_output(divide_output, directions)
+        check_flags(with_cp=with_cp)
         check_frozen_stages(frozen_stages, NUM_STAGES)
         check_backend(scan_backend)
         self.patch_size = patch_size

@@ -327,6 +327,11 @@ class MambaVision(BaseModule):
         check_choice('dt_init', dt_init, DT_INITS)
         if attention not in PLACES and not (type(attention) is int and attention >= 1):
             raise ValueError(f'attention must be one of {PLACES} or a number l >= 1, got {attention!r}')
+        if type(attention) is int and attention > max(self.depths[CONV_LEVELS:]):
+            raise ValueError(
+                f'attention={attention} leaves no block of levels 2 and 3 for attention, which have {self.depths[2:]}: '
+                "set a lower number, or 'none'"
+            )
         window_sizes = four_numbers('window_sizes', window_sizes, 'level')
         check_numbers(in_channels=in_channels)
         check_flags(fit_windows=fit_windows, mixer_symmetric=mixer_symmetric, norm_eval=norm_eval, with_cp=with_cp)

@@ -14,10 +14,12 @@ from mmvim.models.layers.arguments import (
     check_arch,
     check_backend,
     check_choice,
+    check_divide_output,
     check_flags,
     check_frozen_stages,
     check_interpolation,
     check_numbers,
+    check_positive,
     check_rates,
     image_sides,
 )
@@ -96,10 +98,11 @@ class VisionMamba(BaseModule):
         directions: the paper's strategies. 'v2', bidirectional SSM and conv1d; 'v1', bidirectional SSM; 'none';
             'block', blocks in pairs, the second of each backwards; 'sequence', in training a batch is scanned
             backwards with probability ``reverse_prob``.
-        divide_output: halve the sum of the two directions of 'v2', as the published checkpoints do.
-        reverse_prob: see ``directions='sequence'``.
+        divide_output: halve the sum of the two directions of 'v2', as the published checkpoints do; not to is for 'v2'
+            only.
+        reverse_prob: see ``directions='sequence'``, which alone has it; 0.5 there if None.
         rotary: rotary position embedding before every block; None, on the 'hidden' stream, or on 'both' streams.
-        rotary_pretrain_size: side of the pre-training grid that rotary angles span, patches.
+        rotary_pretrain_size: side of the pre-training grid that rotary angles span, patches; 14 if None.
         layer_scale_init: start value of a scale per channel on each mixer's result; none if None.
         feature_source: 'residual', the residual stream with a block's output added to it, as the next block has it:
             after its rotary embedding and, in training, with its stochastic depth. After the last block nothing is
@@ -143,9 +146,9 @@ class VisionMamba(BaseModule):
         cls_token: str | None = 'middle',
         directions: str = 'v2',
         divide_output: bool = True,
-        reverse_prob: float = 0.5,
+        reverse_prob: float | None = None,
         rotary: str | None = None,
-        rotary_pretrain_size: float = 14,
+        rotary_pretrain_size: float | None = None,
         layer_scale_init: float | None = None,
         feature_source: str | None = None,
         final_norm: bool | None = None,
@@ -176,12 +179,19 @@ class VisionMamba(BaseModule):
                 f'{tuple(t for t in self.OUT_TYPES if t != "cls_token")}'
             )
         check_rates(drop_rate=drop_rate, drop_path_rate=drop_path_rate)
-        check_flags(divide_output=divide_output, with_cp=with_cp)
+        check_divide_output(divide_output, directions)
+        check_flags(with_cp=with_cp)
+        if final_norm is not None:
+            check_flags(final_norm=final_norm)
+        check_positive(norm_eps=norm_eps)
+        if layer_scale_init is not None:
+            check_positive(layer_scale_init=layer_scale_init)
+        self._check_use(directions, reverse_prob, rotary, rotary_pretrain_size)
         check_backend(scan_backend)
         self.out_type = out_type
         self.cls_layout = cls_token
         self.directions = directions
-        self.reverse_prob = reverse_prob
+        self.reverse_prob = 0.5 if reverse_prob is None else reverse_prob
         self.rotary_mode = rotary
         self.feature_source = feature_source or ('mixer' if out_type == 'featmap' else 'residual')
         self.final_norm = out_type != 'featmap' if final_norm is None else final_norm
@@ -199,7 +209,7 @@ class VisionMamba(BaseModule):
         self.pos_embed = nn.Parameter(torch.zeros(1, num_tokens, self.embed_dims))
         self.position_cache = PositionCache()
         self.drop_after_pos = nn.Dropout(drop_rate)
-        self.rotary = RotaryEmbedding2d(self.embed_dims, rotary_pretrain_size) if rotary else None
+        self.rotary = RotaryEmbedding2d(self.embed_dims, rotary_pretrain_size or 14) if rotary else None
 
         mixer = dict(
             settings,
@@ -218,6 +228,24 @@ class VisionMamba(BaseModule):
         load_published_vim(self)
 
     # ---- arguments
+
+    @staticmethod
+    def _check_use(
+        directions: str, reverse_prob: float | None, rotary: str | None, rotary_pretrain_size: float | None
+    ) -> None:
+        """Refuse arguments of a setting that is not chosen, and illegal ones of one that is."""
+        if reverse_prob is not None:
+            if directions != 'sequence':
+                raise ValueError(
+                    f"reverse_prob={reverse_prob!r} is for directions='sequence', got directions={directions!r}: leave "
+                    'reverse_prob out'
+                )
+            if type(reverse_prob) not in (int, float) or not 0 <= reverse_prob <= 1:
+                raise ValueError(f'reverse_prob must be in [0, 1], got {reverse_prob!r}')
+        if rotary_pretrain_size is not None:
+            check_positive(rotary_pretrain_size=rotary_pretrain_size)
+            if rotary is None:
+                raise ValueError("rotary_pretrain_size needs rotary='hidden' or 'both': set it, or leave the size out")
 
     def _arch_settings(self, arch: str | dict) -> dict:
         if isinstance(arch, str):

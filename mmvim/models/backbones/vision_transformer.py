@@ -17,6 +17,7 @@ from mmvim.models.layers.arguments import (
     check_frozen_stages,
     check_interpolation,
     check_numbers,
+    check_positive,
     check_rates,
     image_sides,
 )
@@ -129,7 +130,7 @@ class VisionTransformer(BaseModule):
         window_size: side of the windows of blocks with local attention, patches; 0 for global attention everywhere.
             Windows tile the normalised map, which is padded with zeros on the right and at the bottom; the padding
             takes part, as in ViTDet.
-        global_attn_indexes: blocks with global attention if there are windows; negative ones count from the end.
+        global_attn_indexes: blocks with global attention among those with windows; negative ones count from the end.
         attention: 'sdpa', PyTorch's scaled_dot_product_attention; 'materialized', with the matrix of weights in
             memory.
         final_norm: pass the last block's output through ``norm``. None means not for 'featmap' only.
@@ -183,6 +184,9 @@ class VisionTransformer(BaseModule):
         check_numbers(patch_size=patch_size, in_channels=in_channels)
         check_interpolation(interpolate_mode)
         check_flags(with_cls_token=with_cls_token, with_cp=with_cp)
+        if final_norm is not None:
+            check_flags(final_norm=final_norm)
+        check_positive(norm_eps=norm_eps)
         if out_type == 'cls_token' and not with_cls_token:
             raise ValueError(
                 "out_type='cls_token' needs a class token: set with_cls_token=True, or out_type to one of "
@@ -191,6 +195,12 @@ class VisionTransformer(BaseModule):
         check_numbers(0, window_size=window_size)
         if window_size and with_cls_token:
             raise ValueError('a class token belongs to no window: set with_cls_token=False, or window_size=0')
+        self.global_attn_indexes = self._absolute('global_attn_indexes', global_attn_indexes)
+        if self.global_attn_indexes and not window_size:
+            raise ValueError(
+                f'global_attn_indexes={self.global_attn_indexes} is for blocks among windows: set window_size, or '
+                'global_attn_indexes=()'
+            )
         check_rates(drop_rate=drop_rate, drop_path_rate=drop_path_rate)
         check_frozen_stages(frozen_stages, self.depth)
         self.out_type = out_type
@@ -205,7 +215,6 @@ class VisionTransformer(BaseModule):
                 'add it, or set final_norm=False'
             )
         self.window_size = window_size
-        self.global_attn_indexes = self._absolute('global_attn_indexes', global_attn_indexes)
         self.frozen_stages = frozen_stages
         self.with_cp = with_cp
         self.interpolate_mode = interpolate_mode

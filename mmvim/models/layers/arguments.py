@@ -1,5 +1,6 @@
 """Checks of the arguments that several backbones share; each ends in a ValueError that names the argument."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from ssm_kernels.causal_conv1d import MAX_WIDTH, MIN_WIDTH
@@ -34,6 +35,22 @@ def check_rates(**arguments: object) -> None:
     for name, value in arguments.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
             raise ValueError(f'{name} must be in [0, 1), got {value!r}')
+
+
+def check_positive(**arguments: object) -> None:
+    """Refuse arguments that are no finite numbers above 0."""
+    for name, value in arguments.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise ValueError(f'{name} must be a number above 0, got {value!r}')
+
+
+def check_divide_output(divide_output: object, directions: str) -> None:
+    """Refuse what is neither True nor False, and to leave out a division that there is not."""
+    check_flags(divide_output=divide_output)
+    if not divide_output and directions != 'v2':
+        raise ValueError(
+            f"divide_output=False is for directions='v2': {directions!r} divides nothing, leave divide_output out"
+        )
 
 
 def check_frozen_stages(value: object, highest: int) -> None:

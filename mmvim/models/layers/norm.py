@@ -3,6 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmvim.models.layers.arguments import check_numbers, check_positive
 from mmvim.registry import MODELS
 
 
@@ -13,9 +14,12 @@ class LayerNorm2d(nn.LayerNorm):
     Args:
         num_channels: channels C.
         eps: added to the variance.
+        kwargs: the other arguments of torch.nn.LayerNorm.
     """
 
     def __init__(self, num_channels: int, eps: float = 1e-6, **kwargs) -> None:
+        check_numbers(num_channels=num_channels)
+        check_positive(eps=eps)
         super().__init__(num_channels, eps=eps, **kwargs)
         self.num_channels = num_channels
 

@@ -8,6 +8,7 @@ from mmcv.cnn import build_norm_layer
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
+from mmvim.models.layers.arguments import check_numbers
 from mmvim.registry import MODELS
 
 # B batch, D width of the backbone, C channels of the pyramid
@@ -24,6 +25,11 @@ class ConvNorm(nn.Conv2d):
         return self.norm(super().forward(x))
 
 
+def _exponent(scale: object) -> float:
+    """Binary logarithm; NaN of what has none."""
+    return math.log2(scale) if type(scale) in (int, float) and scale > 0 else math.nan
+
+
 @MODELS.register_module()
 class SimpleFPN(BaseModule):
     """Build a feature pyramid from one map by deconvolution and pooling (ViTDet, arXiv 2203.16527, sec. 3).
@@ -36,14 +42,14 @@ class SimpleFPN(BaseModule):
         in_channels: width D of the map, or of each of the maps (the last one is used).
         out_channels: channels C of every level; None leaves the widths of resampling and adds no convolution,
             D/4, D/2, D, D for the default scales.
-        scales: resolution of each level relative to the map, powers of two from 4 down.
+        scales: resolution of each level relative to the map, powers of two from 4 down, fine to coarse.
         num_outs: levels returned; at least len(scales).
         in_stride: stride of the map, pixels, a power of two; for names only.
         norm_cfg: norm of all layers.
         init_cfg: initialisation of mmengine.
 
     Raises:
-        ValueError: if a scale is no power of two up to 4, or num_outs is smaller than the number of scales.
+        ValueError: if an argument has no legal value, the scales do not fall, or there are more of them than num_outs.
     """
 
     def __init__(
@@ -58,7 +64,20 @@ class SimpleFPN(BaseModule):
     ) -> None:
         super().__init__(init_cfg)
         norm_cfg = norm_cfg or dict(type='mmvim.LN2d', eps=1e-6)
-        width = in_channels if isinstance(in_channels, int) else in_channels[-1]
+        given = in_channels if isinstance(in_channels, list | tuple) else [in_channels]
+        width = given[-1] if given else 0
+        check_numbers(in_channels=width, num_outs=num_outs, in_stride=in_stride)
+        if out_channels is not None:
+            check_numbers(out_channels=out_channels)
+        if not isinstance(norm_cfg, dict) or 'type' not in norm_cfg:
+            raise ValueError(f'norm_cfg must be a dict with a type, got {norm_cfg!r}')
+        scales = tuple(scales) if isinstance(scales, list | tuple) else ()
+        if not scales or not all(_exponent(scale) in range(-10, 3) for scale in scales):
+            raise ValueError(f'each of scales must be a power of two up to 4, got {scales}')
+        if list(scales) != sorted(set(scales), reverse=True):
+            raise ValueError(f'scales must fall, fine to coarse, got {scales}')
+        if in_stride & (in_stride - 1) or in_stride < scales[0]:
+            raise ValueError(f'in_stride must be a power of two of at least the largest of scales, got {in_stride}')
         if num_outs < len(scales):
             raise ValueError(f'num_outs must be at least the number of scales, {len(scales)}, got {num_outs}')
         self.num_outs = num_outs
@@ -78,9 +97,7 @@ class SimpleFPN(BaseModule):
 
     @staticmethod
     def _resample(width: int, scale: float, norm_cfg: dict) -> tuple[list[nn.Module], int]:
-        exponent = math.log2(scale) if scale > 0 else math.nan
-        if exponent not in range(-10, 3):
-            raise ValueError(f'each of scales must be a power of two up to 4, got {scale}')
+        exponent = _exponent(scale)
         if exponent == 2:
             half, quarter = width // 2, width // 4
             first = nn.ConvTranspose2d(width, half, 2, 2)
