@@ -11,9 +11,10 @@ from mmengine.logging import print_log
 
 from mmvim.compat.types import kind_of
 from mmvim.datasets.annotations import class_names, read_annotations
-from mmvim.datasets.shapes import CLASSES, PALETTE, ensure_shapes
+from mmvim.datasets.shapes import CLASSES, PALETTE, SPLITS, ensure_shapes
 from mmvim.datasets.transforms import decode_image
 from mmvim.errors import DataError
+from mmvim.models.layers.arguments import check_choice, check_flags
 from mmvim.registry import DATASETS
 
 
@@ -79,6 +80,13 @@ class CocoFolderDataset(CocoDataset):
         skip_bad_images: bool = False,
         **kwargs,
     ) -> None:
+        for key, value in dict(ann_file=ann_file, data_root=data_root).items():
+            if not isinstance(value, str | os.PathLike):
+                raise DataError(f'{key} of {type(self).__name__} must be a path, got {value!r}')
+        for key, value in dict(data_prefix=data_prefix, metainfo=metainfo).items():
+            if value is not None and not isinstance(value, dict):
+                raise DataError(f'{key} of {type(self).__name__} must be a dict, got {value!r}')
+        check_flags(skip_bad_images=skip_bad_images)
         if not ann_file:
             raise DataError(
                 'no annotation file: set train_ann and val_ann (and data_root, train_img, val_img) in the config or '
@@ -168,12 +176,14 @@ class ShapesDataset(CocoFolderDataset):
         kwargs: arguments of CocoFolderDataset.
 
     Raises:
+        ValueError: if there is no such split, or an argument of the recipe is illegal.
         FileExistsError: if the folder holds other files, or shapes generated with other arguments.
     """
 
     def __init__(
         self, split: str = 'train', data_root: str = 'data/shapes', shapes: dict | None = None, **kwargs
     ) -> None:
+        check_choice('split', split, SPLITS)
         ensure_shapes(data_root, **(shapes or {}))
         super().__init__(
             ann_file=f'annotations/{split}.json',

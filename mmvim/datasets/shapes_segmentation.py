@@ -2,7 +2,8 @@
 
 from mmseg.datasets import BaseSegDataset
 
-from mmvim.datasets.shapes import CLASSES, PALETTE, ensure_shapes
+from mmvim.datasets.shapes import CLASSES, PALETTE, SPLITS, ensure_shapes
+from mmvim.models.layers.arguments import check_choice
 from mmvim.registry import DATASETS
 
 
@@ -19,6 +20,7 @@ class ShapesSegDataset(BaseSegDataset):
         kwargs: arguments of BaseSegDataset.
 
     Raises:
+        ValueError: if there is no such split, or an argument of the recipe is illegal.
         FileExistsError: if the folder holds other files, or shapes generated with other arguments.
     """
 
@@ -27,6 +29,7 @@ class ShapesSegDataset(BaseSegDataset):
     def __init__(
         self, split: str = 'train', data_root: str = 'data/shapes', shapes: dict | None = None, **kwargs
     ) -> None:
+        check_choice('split', split, SPLITS)
         ensure_shapes(data_root, **(shapes or {}))
         super().__init__(
             data_root=data_root,

@@ -10,6 +10,7 @@ from mmengine import fileio
 from PIL import Image
 
 from mmvim.errors import DataError
+from mmvim.models.layers.arguments import check_choice, check_flags
 from mmvim.registry import TRANSFORMS
 
 # A decoder returns a picture with a grey rest for a file that ends early; these end marks tell.
@@ -57,6 +58,10 @@ def _ends_well(data: bytes) -> bool:
     return any(data.startswith(start) and tail.endswith(end) for start, end in _END_MARKS)
 
 
+COLOR_TYPES = ('color', 'grayscale', 'unchanged', 'color_ignore_orientation', 'grayscale_ignore_orientation')
+DECODERS = ('cv2', 'turbojpeg', 'pillow', 'tifffile')
+
+
 @TRANSFORMS.register_module()
 class LoadImageFromFile(_LoadImageFromFile):
     """Load an image as mmcv's transform of this name does, and refuse one that is unreadable, truncated or of another
@@ -66,6 +71,7 @@ class LoadImageFromFile(_LoadImageFromFile):
         as in mmcv, without ``ignore_empty``: whether images may be left out is for the data set to decide.
 
     Raises:
+        ValueError: if an argument has no legal value.
         DataError: naming the file.
     """
 
@@ -76,6 +82,9 @@ class LoadImageFromFile(_LoadImageFromFile):
         imdecode_backend: str = 'cv2',
         backend_args: dict | None = None,
     ) -> None:
+        check_flags(to_float32=to_float32)
+        check_choice('color_type', color_type, COLOR_TYPES)
+        check_choice('imdecode_backend', imdecode_backend, DECODERS)
         super().__init__(to_float32, color_type, imdecode_backend, backend_args=backend_args)
 
     def transform(self, results: dict) -> dict:

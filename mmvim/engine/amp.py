@@ -10,6 +10,7 @@ from mmengine.optim import OptimWrapper
 from torch import nn
 from torch.utils._pytree import tree_map
 
+from mmvim.models.layers.arguments import check_positive
 from mmvim.registry import OPTIM_WRAPPERS
 
 DTYPES = dict(bfloat16=torch.bfloat16, float16=torch.float16)
@@ -24,12 +25,13 @@ class AmpOptimWrapper(_AmpOptimWrapper):
 
     Args:
         dtype: 'bfloat16', or 'float16' with loss scaling.
-        loss_scale: 'dynamic', or a fixed number; for float16 only.
+        loss_scale: 'dynamic', or a fixed number above 0, which is for float16 only.
         parts: attributes of the model to run under autocast; those that it lacks are passed over.
         kwargs: arguments of mmengine's OptimWrapper.
 
     Raises:
-        ValueError: if dtype is none of the two, or the model has none of the parts.
+        ValueError: if dtype is none of the two, loss_scale is no such number or given for bfloat16, parts are no names,
+            or the model has none of them.
     """
 
     def __init__(
@@ -41,6 +43,12 @@ class AmpOptimWrapper(_AmpOptimWrapper):
     ) -> None:
         if dtype not in DTYPES:
             raise ValueError(f'dtype must be one of {tuple(DTYPES)}, got {dtype!r}')
+        if loss_scale != 'dynamic':
+            check_positive(loss_scale=loss_scale)
+            if dtype != 'float16':
+                raise ValueError(f"loss_scale={loss_scale} is for dtype='float16': {dtype} needs none, leave it out")
+        if isinstance(parts, str) or not parts or not all(isinstance(part, str) for part in parts):
+            raise ValueError(f'parts must be names of parts of the model, got {parts!r}')
         OptimWrapper.__init__(self, **kwargs)  # not _AmpOptimWrapper's, which refuses a CPU
         self.cast_dtype = DTYPES[dtype]
         self.parts = tuple(parts)

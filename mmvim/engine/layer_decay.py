@@ -62,19 +62,28 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         super().__init__(optim_wrapper_cfg, {'decay_rate': 1.0, **(paramwise_cfg or {})})
 
     def _validate_cfg(self) -> None:
-        super()._validate_cfg()
         unknown = set(self.paramwise_cfg) - KEYS
         if unknown:
             raise ValueError(f'paramwise_cfg does not know {sorted(unknown)}; it may hold {sorted(KEYS)}')
-        if not 0 < self.paramwise_cfg['decay_rate'] <= 1:
-            raise ValueError(f'decay_rate must be in (0, 1], got {self.paramwise_cfg["decay_rate"]}')
+        rate = self.paramwise_cfg['decay_rate']
+        if type(rate) not in (int, float) or not 0 < rate <= 1:
+            raise ValueError(f'decay_rate must be in (0, 1], got {rate!r}')
+        for key in ('norm_decay_mult', 'bias_decay_mult', 'flat_decay_mult'):
+            factor = self.paramwise_cfg.get(key, 0.0)
+            if type(factor) not in (int, float) or not 0 <= factor:
+                raise ValueError(f'{key} must be a number of at least 0, got {factor!r}')
         if self.paramwise_cfg.get('decay_scope', 'all') not in SCOPES:
             raise ValueError(f'decay_scope must be one of {SCOPES}, got {self.paramwise_cfg["decay_scope"]!r}')
         if self.paramwise_cfg.get('no_decay', 'declared') not in NO_DECAY:
             raise ValueError(f'no_decay must be one of {tuple(NO_DECAY)}, got {self.paramwise_cfg["no_decay"]!r}')
+        if self.paramwise_cfg.get('decay_scope') == 'embedding' and rate == 1:
+            raise ValueError("decay_scope='embedding' needs a decay_rate below 1: set it, or leave decay_scope out")
+        if not isinstance(self.paramwise_cfg.get('custom_keys') or {}, dict):
+            raise ValueError(f'custom_keys must be a dict, got {self.paramwise_cfg["custom_keys"]!r}')
         for key, custom in (self.paramwise_cfg.get('custom_keys') or {}).items():
             if not isinstance(custom, dict) or not set(custom) <= CUSTOM:
                 raise ValueError(f'custom_keys[{key!r}] may be a dict with {sorted(CUSTOM)}, got {custom!r}')
+        super()._validate_cfg()
 
     def add_params(self, params: list[dict], module: nn.Module, **kwargs) -> None:
         """Append one group per pair of learning rate and weight decay that occurs in ``module``, largest rate first."""

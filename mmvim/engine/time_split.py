@@ -18,6 +18,7 @@ from mmvim.analysis.tables import table
 from mmvim.engine.hooks import unwrapped
 from mmvim.errors import ConfigError
 from mmvim.machine import device_name, synchronize, versions
+from mmvim.models.layers.arguments import check_numbers
 from mmvim.registry import HOOKS
 
 DATA, PREPROCESSING, POST, METRIC, REST = 'data', 'preprocessing', 'post-processing', 'metric', 'rest'
@@ -87,8 +88,7 @@ class TimeSplitHook(Hook):
     priority = 'LOWEST'  # what other hooks do for an image belongs to it
 
     def __init__(self, warmup: int = 1) -> None:
-        if warmup < 0:
-            raise ValueError(f'warmup must be at least 0, got {warmup}')
+        check_numbers(0, warmup=warmup)
         self.warmup = warmup
 
     def before_test_epoch(self, runner: Runner) -> None:

@@ -9,6 +9,7 @@ from mmdet.structures.mask import BitmapMasks, PolygonMasks
 from mmdet.visualization import DetLocalVisualizer
 from mmengine.structures import InstanceData
 
+from mmvim.models.layers.arguments import check_numbers, check_positive
 from mmvim.registry import VISUALIZERS
 
 
@@ -23,6 +24,9 @@ class EnlargingDetVisualizer(DetLocalVisualizer):
         alpha: opacity of masks and outlines.
         line_width: width of outlines, pixels.
         kwargs: arguments of DetLocalVisualizer.
+
+    Raises:
+        ValueError: if a number has no legal value, or min_side is above max_side.
     """
 
     def __init__(
@@ -34,6 +38,12 @@ class EnlargingDetVisualizer(DetLocalVisualizer):
         line_width: float = 2,
         **kwargs,
     ) -> None:
+        check_numbers(min_side=min_side, max_side=max_side)
+        if min_side > max_side:
+            raise ValueError(f'min_side must be at most max_side, got {min_side} and {max_side}')
+        check_positive(line_width=line_width)
+        if type(alpha) not in (int, float) or not 0 <= alpha <= 1:
+            raise ValueError(f'alpha must be in [0, 1], got {alpha!r}')
         super().__init__(name=name, alpha=alpha, line_width=line_width, **kwargs)
         self.min_side, self.max_side = min_side, max_side
 

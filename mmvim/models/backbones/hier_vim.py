@@ -18,6 +18,7 @@ from mmvim.models.layers.arguments import (
     check_divide_output,
     check_flags,
     check_frozen_stages,
+    check_init_cfg,
     check_numbers,
     check_rates,
     four_numbers,
@@ -144,6 +145,7 @@ class HierVim(BaseModule):
         init_cfg: dict | None = None,
     ) -> None:
         super().__init__(init_cfg)
+        check_init_cfg(init_cfg)
         settings = self._arch_settings(arch)
         self.embed_dims = settings.pop('embed_dims')
         self.depths = tuple(settings.pop('depths'))

@@ -18,6 +18,7 @@ from mmvim.models.layers.arguments import (
     check_choice,
     check_flags,
     check_frozen_stages,
+    check_init_cfg,
     check_numbers,
     check_rates,
     four_numbers,
@@ -317,6 +318,7 @@ class MambaVision(BaseModule):
         init_cfg: dict | None = None,
     ) -> None:
         super().__init__(init_cfg)
+        check_init_cfg(init_cfg)
         settings = self._arch_settings(arch)
         self.embed_dims = settings['embed_dims']
         self.depths = tuple(settings['depths'])

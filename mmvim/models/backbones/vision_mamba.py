@@ -17,6 +17,7 @@ from mmvim.models.layers.arguments import (
     check_divide_output,
     check_flags,
     check_frozen_stages,
+    check_init_cfg,
     check_interpolation,
     check_numbers,
     check_positive,
@@ -162,6 +163,7 @@ class VisionMamba(BaseModule):
         init_cfg: dict | None = None,
     ) -> None:
         super().__init__(init_cfg)
+        check_init_cfg(init_cfg)
         settings = self._arch_settings(arch)
         self.embed_dims = settings.pop('embed_dims')
         self.depth = settings.pop('depth')

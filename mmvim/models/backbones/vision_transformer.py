@@ -15,6 +15,7 @@ from mmvim.models.layers.arguments import (
     check_choice,
     check_flags,
     check_frozen_stages,
+    check_init_cfg,
     check_interpolation,
     check_numbers,
     check_positive,
@@ -176,6 +177,7 @@ class VisionTransformer(BaseModule):
         init_cfg: dict | None = None,
     ) -> None:
         super().__init__(init_cfg)
+        check_init_cfg(init_cfg)
         settings = self._arch_settings(arch)
         self.embed_dims = settings['embed_dims']
         self.depth = settings['depth']

@@ -53,6 +53,12 @@ def check_divide_output(divide_output: object, directions: str) -> None:
         )
 
 
+def check_init_cfg(value: object) -> None:
+    """Refuse what is no config of an initialisation, nor several."""
+    if value is not None and not all(isinstance(cfg, dict) for cfg in (value if isinstance(value, list) else [value])):
+        raise ValueError(f'init_cfg must be None, a dict or a list of dicts, got {value!r}')
+
+
 def check_frozen_stages(value: object, highest: int) -> None:
     """Refuse what is no whole number from -1 to ``highest``."""
     if not _is_number(value, -1) or value > highest:

@@ -8,7 +8,7 @@ from mmcv.cnn import build_norm_layer
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
-from mmvim.models.layers.arguments import check_numbers
+from mmvim.models.layers.arguments import check_init_cfg, check_numbers
 from mmvim.registry import MODELS
 
 # B batch, D width of the backbone, C channels of the pyramid
@@ -63,6 +63,7 @@ class SimpleFPN(BaseModule):
         init_cfg: dict | None = None,
     ) -> None:
         super().__init__(init_cfg)
+        check_init_cfg(init_cfg)
         norm_cfg = norm_cfg or dict(type='mmvim.LN2d', eps=1e-6)
         given = in_channels if isinstance(in_channels, list | tuple) else [in_channels]
         width = given[-1] if given else 0
