@@ -8,7 +8,8 @@ _base_ = [
 ]
 image_size = 1024
 
-model = dict(backbone=dict(img_size=None))
+# The published ImageNet weights were trained without rotary embedding.
+model = dict(backbone=dict(img_size=None, rotary=None))
 # Without ImageNet weights a lower rate for the early layers would only hold them back.
 optim_wrapper = dict(optimizer=dict(weight_decay=0.1), paramwise_cfg=dict(decay_rate=1.0))
 default_hooks = dict(logger=dict(interval=10), checkpoint=dict(interval=1000))

@@ -212,6 +212,8 @@ def print_report(report: LoadReport, all_names: bool, indent: str = '  ') -> Non
     ):
         listed = abridge(names, len(names) if all_names else 4)
         print(f'{indent}{what}: {f"{len(names)} ({listed})" if names else "none"}')
+    for setting in (*report.refused, *report.differing):
+        print(f'{indent}setting: {setting}')
 
 
 def image_size(backbone: nn.Module) -> tuple[int, int]:

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from mmvim.checkpoints.fitting import METADATA, Conversion, abridge, convert_on_load
+from mmvim.checkpoints.fitting import Conversion, abridge, convert_on_load
+from mmvim.checkpoints.settings import METADATA, HiddenSetting, both_classify, differing, same_output
 from mmvim.errors import CheckpointError
 
 # D width
@@ -15,6 +16,21 @@ from mmvim.errors import CheckpointError
 ARCH_OF_WIDTH = {192: 'deit-tiny', 384: 'deit-small', 768: 'deit-base'}
 PREFIX_TOKENS = ('cls_token', 'dist_token')
 NOT_BACKBONE = ('head.', 'head_dist.', 'simfp_', 'pre_logits.', 'fc_norm.')
+
+# What neither names nor shapes of a VisionTransformer's weights tell. Not in it, as they change no results of given
+# weights: rates, `attention`, `frozen_stages`, `with_cp`. All other arguments show.
+HIDDEN_SETTINGS = (
+    HiddenSetting('num_heads', 'attention splits its channels otherwise', refused=True, in_arch=True),
+    # a classifier's weights are meant to be trained on with windows
+    HiddenSetting('window_size', 'attention sees other windows', counts=same_output),
+    HiddenSetting('global_attn_indexes', 'other blocks have global attention', counts=same_output),
+    HiddenSetting('with_cls_token', 'a class token takes part in attention in one of them only', counts=same_output),
+    HiddenSetting('out_type', 'the classifier sees other features', counts=both_classify),
+    HiddenSetting('out_indices', 'other blocks are read', counts=same_output),
+    HiddenSetting('final_norm', 'features pass the final norm in one of them only', counts=same_output),
+    HiddenSetting('norm_eps', 'norms divide by slightly other numbers'),
+    HiddenSetting('interpolate_mode', 'positions are interpolated otherwise at other image sizes', counts=same_output),
+)
 
 # Files of facebookresearch/deit and of timm have our names already. In order: detectron2's ViTDet, whose backbone is
 # the `net` of a pyramid; MMPretrain's VisionTransformer.
@@ -165,19 +181,45 @@ def explain_deit(file: Mapping[str, Tensor], model: Mapping[str, Tensor], depth:
 def load_published_deit(backbone: nn.Module) -> None:
     """Let a VisionTransformer load published weights, and its own at another image size, in every way to load.
 
-    Its own weights carry the grid as metadata of the state dict, so that non-square grids are known again. See
-    `convert_on_load` for what is raised.
+    Its own weights carry the grid and `HIDDEN_SETTINGS` as metadata of the state dict, so that non-square grids are
+    known again. See `convert_on_load` for what is raised and warned of.
 
     Args:
-        backbone: a VisionTransformer; its with_cls_token, grid, depth, blocks, final_norm, out_type and
-            interpolate_mode are read.
+        backbone: a VisionTransformer.
     """
     backbone._register_state_dict_hook(_after_save)
-    convert_on_load(backbone, _convert, _explain)
+    convert_on_load(backbone, _convert, _explain, _differ)
+
+
+def deit_hidden_settings(backbone: nn.Module) -> dict:
+    """Values of a VisionTransformer's `HIDDEN_SETTINGS`, and its grid (h, w) of patches."""
+    first = backbone.blocks[0]
+    return {
+        'grid': tuple(backbone.grid),
+        'num_heads': first.attn.num_heads,
+        'window_size': backbone.window_size,
+        'global_attn_indexes': backbone.global_attn_indexes if backbone.window_size else (),
+        'with_cls_token': backbone.with_cls_token,
+        'out_type': backbone.out_type,
+        'out_indices': backbone.out_indices,
+        'final_norm': backbone.final_norm,
+        'interpolate_mode': backbone.interpolate_mode,
+        'norm_eps': first.norm1.eps,
+    }
 
 
 def _after_save(backbone, state_dict, prefix, local_metadata) -> None:
-    local_metadata[METADATA] = {'grid': tuple(backbone.grid)}
+    local_metadata[METADATA] = deit_hidden_settings(backbone)
+
+
+def _differ(backbone, weights: Mapping[str, Tensor], metadata: Mapping) -> tuple[list[str], list[str]]:
+    ours = deit_hidden_settings(backbone)
+    if METADATA in metadata:
+        return differing(HIDDEN_SETTINGS, metadata[METADATA], ours)
+    arch = backbone.arch_zoo.get(ARCH_OF_WIDTH.get(deit_settings(weights).get('embed_dims')))
+    theirs = {'num_heads': arch['num_heads']} if arch else {}
+    refused, warned = differing(HIDDEN_SETTINGS, theirs, ours, {'num_heads': 'as in all published ones'})
+    return [], refused + warned
 
 
 def _convert(backbone, weights: Mapping[str, Tensor], metadata: Mapping) -> Conversion:

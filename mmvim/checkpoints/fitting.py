@@ -1,5 +1,6 @@
 """Fit the weights of a file to a model: convert on load, compare names and shapes, report, refuse what does not fit."""
 
+import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -8,10 +9,8 @@ from functools import partial
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from mmvim.checkpoints.reading import SOURCE
+from mmvim.checkpoints.reading import SOURCE, facts_of_file
 from mmvim.errors import CheckpointError
-
-METADATA = 'mmvim'  # the key under which a backbone saves what names and shapes do not tell
 
 
 @dataclass
@@ -40,6 +39,9 @@ class LoadReport:
         missing: names that the file lacks.
         unexpected: names that the model lacks.
         mismatched: shapes in the file and in the model, by name.
+        refused: settings of the file that the model must have and has not, in words.
+        differing: settings of the file that the model has not, but may be trained with, and what is not known of the
+            file, in words.
     """
 
     loaded: list[str]
@@ -48,11 +50,13 @@ class LoadReport:
     missing: list[str]
     unexpected: list[str]
     mismatched: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
+    refused: list[str] = field(default_factory=list)
+    differing: list[str] = field(default_factory=list)
 
     @property
     def fits(self) -> bool:
-        """Whether every weight of the model is in the file, in its shape, and no other one is left over."""
-        return not (self.missing or self.unexpected or self.mismatched)
+        """Whether exactly the model's weights are in the file, in their shapes, and no setting is refused."""
+        return not (self.missing or self.unexpected or self.mismatched or self.refused)
 
     def __str__(self) -> str:
         shapes = [
@@ -70,6 +74,7 @@ class LoadReport:
             )
             if names
         ]
+        parts += [f'other settings ({"; ".join(self.refused)})'] if self.refused else []
         return ', '.join(parts) or 'no weights'
 
 
@@ -108,6 +113,7 @@ def convert_on_load(
     module: nn.Module,
     convert: Callable[[nn.Module, Mapping[str, Tensor], Mapping], Conversion],
     explain: Callable[[nn.Module, Mapping[str, Tensor]], list[str]],
+    differ: Callable[[nn.Module, Mapping[str, Tensor], Mapping], tuple[list[str], list[str]]],
     may_miss: Iterable[str] = (),
 ) -> None:
     """Make a backbone convert whatever is loaded into it, and refuse what does not fit.
@@ -115,22 +121,26 @@ def convert_on_load(
     It works for every way to load: `load_state_dict`, `init_cfg=dict(type='Pretrained', ...)`, and the checkpoint of a
     whole model that holds the backbone under a prefix. Weights that need no conversion stay the same tensors, so a
     resumed run goes on exactly. Without a prefix, a file of a whole model is taken too: its entries under `backbone.`
-    are used. How the last weights fitted stays as `module.load_report`, a `LoadReport`; None before. The functions
-    must be importable by name, or the module can no longer be pickled.
+    are used. If the weights were trained with other settings, one warning tells which. How the last weights fitted
+    stays as `module.load_report`, a `LoadReport`; None before. The functions must be importable by name, or the module
+    can no longer be pickled.
 
     Args:
         module: the backbone.
         convert: from the backbone, weights by published name, and the metadata that a backbone saved with them, to the
             backbone's own weights.
         explain: from the backbone and weights that do not fit to sentences that name the cause and the remedy.
+        differ: from the backbone, weights by published name, and their metadata to settings of the file that are
+            refused and those to warn of, see `LoadReport`.
         may_miss: see `compare`.
 
     Raises (while loading):
-        CheckpointError: if the weights do not fit, with all that does not and the remedy. In a plain `load_state_dict`
-            only shapes count; missing and unknown names are left to its `strict`.
+        CheckpointError: if weights or settings do not fit, with all that does not and the remedy. In a plain
+            `load_state_dict` only shapes count; missing and unknown names are left to its `strict`, and of settings
+            that would be refused a warning is logged.
     """
     module.load_report = None
-    hook = partial(_before_load, convert=convert, explain=explain, may_miss=tuple(may_miss))
+    hook = partial(_before_load, convert=convert, explain=explain, differ=differ, may_miss=tuple(may_miss))
     module._register_load_state_dict_pre_hook(hook, with_module=True)
 
 
@@ -146,6 +156,7 @@ def _before_load(
     *,
     convert,
     explain,
+    differ,
     may_miss,
 ) -> None:
     given = [name for name in state_dict if name.startswith(prefix)]
@@ -161,7 +172,7 @@ def _before_load(
     dropped, metadata = [], local_metadata
     if not prefix and any(name.startswith('backbone.') for name in weights):
         # of the file's root torch hands over only what the whole model saved
-        metadata = {**getattr(state_dict, '_metadata', {}).get('backbone', {}), **_source_in(local_metadata)}
+        metadata = {**getattr(state_dict, '_metadata', {}).get('backbone', {}), **facts_of_file(local_metadata)}
         dropped = [name for name in weights if not name.startswith('backbone.')]
         weights = OrderedDict(
             (name.removeprefix('backbone.'), weights[name]) for name in weights if name not in dropped
@@ -169,19 +180,29 @@ def _before_load(
     conversion = convert(module, weights, metadata)
     conversion.dropped[:0] = dropped
     report = compare(conversion, module.state_dict(), may_miss)
+    report.refused, report.differing = differ(module, weights, metadata)
     module.load_report = report
     # torch says strict in any case; what comes from a file must fit, a plain `load_state_dict` does as it is told
     from_file = SOURCE in local_metadata
+    source = f" '{local_metadata[SOURCE]}'" if from_file else ''
     if report.mismatched or (from_file and (report.missing or report.unexpected)):
         reasons = explain(module, weights) or ['use the settings of the model that the checkpoint was saved from']
-        source = f" '{local_metadata[SOURCE]}'" if from_file else ''
         raise CheckpointError(
             f'checkpoint{source} does not fit {type(module).__name__}: {report}. Remedy: {"; ".join(reasons)}'
+        )
+    if from_file and report.refused:
+        raise CheckpointError(
+            f'checkpoint{source} was trained with other settings than this {type(module).__name__} has: '
+            f'{"; ".join(report.refused)}'
         )
     state_dict.update({prefix + name: value for name, value in conversion.state_dict.items()})
     if report.dropped or report.interpolated:
         print_log(f'{type(module).__name__}: {report}', logger='current')
-
-
-def _source_in(metadata: Mapping) -> dict:
-    return {SOURCE: metadata[SOURCE]} if SOURCE in metadata else {}
+    if report.refused or report.differing:
+        print_log(
+            f'{type(module).__name__}: check the settings that the weights{source} were trained with: '
+            f'{"; ".join(report.refused + report.differing)}. Results of the file need its settings, training on from '
+            'it does not',
+            logger='current',
+            level=logging.WARNING,
+        )

@@ -6,6 +6,14 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from mmvim.checkpoints.fitting import Conversion, abridge, convert_on_load
+from mmvim.checkpoints.settings import METADATA, HiddenSetting, differing, same_output
+
+# What neither names nor shapes of a HierVim's weights tell. Not in it, as they change no results of given weights:
+# rates, `frozen_stages`, `with_cp`, `scan_backend`. All other arguments show.
+HIDDEN_SETTINGS = (
+    HiddenSetting('divide_output', 'the sum of both directions is halved in one of them only', refused=True),
+    HiddenSetting('out_indices', 'other stages are read', counts=same_output),
+)
 
 
 def hier_vim_state_dict(
@@ -83,11 +91,31 @@ def explain_hier_vim(
 def load_hier_vim(backbone: nn.Module) -> None:
     """Let a HierVim load the weights of one with other outputs in every way to load; see `convert_on_load`.
 
+    Its weights carry `HIDDEN_SETTINGS` as metadata of the state dict.
+
     Args:
-        backbone: a HierVim; its stages and depths are read.
+        backbone: a HierVim.
     """
+    backbone._register_state_dict_hook(_after_save)
     may_miss = [f'outnorm{i}.{leaf}' for i in range(4) for leaf in ('weight', 'bias')]
-    convert_on_load(backbone, _convert, _explain, may_miss)
+    convert_on_load(backbone, _convert, _explain, _differ, may_miss)
+
+
+def hier_vim_hidden_settings(backbone: nn.Module) -> dict:
+    """Values of a HierVim's `HIDDEN_SETTINGS`, and its out_type."""
+    settings = {'out_type': backbone.out_type, 'out_indices': backbone.out_indices}
+    mixer = backbone.stages[0].blocks[0].mixer
+    if mixer.directions == 'v2':
+        settings['divide_output'] = mixer.scale == 0.5
+    return settings
+
+
+def _after_save(backbone, state_dict, prefix, local_metadata) -> None:
+    local_metadata[METADATA] = hier_vim_hidden_settings(backbone)
+
+
+def _differ(backbone, weights: Mapping[str, Tensor], metadata: Mapping) -> tuple[list[str], list[str]]:
+    return differing(HIDDEN_SETTINGS, metadata.get(METADATA, {}), hier_vim_hidden_settings(backbone))
 
 
 def _convert(backbone, weights: Mapping[str, Tensor], metadata: Mapping) -> Conversion:

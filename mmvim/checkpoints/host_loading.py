@@ -11,7 +11,7 @@ from mmengine.runner import checkpoint as host
 from torch import Tensor, nn
 
 from mmvim.checkpoints.classifier import fit_to_classifier
-from mmvim.checkpoints.reading import SOURCE, MapLocation
+from mmvim.checkpoints.reading import SOURCE, MapLocation, facts_of_file
 from mmvim.errors import CheckpointError
 
 _load_state_dict = host.load_state_dict
@@ -54,8 +54,7 @@ def load_checkpoint_with_prefix(prefix: str, filename: str, map_location: MapLoc
         for name, value in metadata.items()
         if f'{name}.'.startswith(prefix)
     )
-    if SOURCE in metadata.get('', {}):
-        found._metadata[''] = {**found._metadata.get('', {}), SOURCE: metadata[''][SOURCE]}
+    found._metadata[''] = {**found._metadata.get('', {}), **facts_of_file(metadata.get('', {}))}
     return found
 
 

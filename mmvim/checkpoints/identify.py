@@ -6,12 +6,14 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from mmvim.checkpoints import deit, hier_vim, mambavision, vim
 from mmvim.checkpoints.deit import deit_settings, timm_names
-from mmvim.checkpoints.fitting import METADATA
 from mmvim.checkpoints.hier_vim import hier_vim_settings
 from mmvim.checkpoints.mambavision import mambavision_settings, mambavision_state_dict
+from mmvim.checkpoints.reading import MODEL_NAME
+from mmvim.checkpoints.settings import METADATA, arguments
 from mmvim.checkpoints.vim import ARCH_OF_WIDTH as VIM_OF_WIDTH
-from mmvim.checkpoints.vim import class_token_names, saved_class_tokens, vim_settings
+from mmvim.checkpoints.vim import class_token_names, rotary_in, saved_class_tokens, settings_of_name, vim_settings
 from mmvim.errors import CheckpointError
 
 LONG_SEQUENCE = (27, 27)  # 224 pixels in patches of 16 every 8: published long-sequence Vim
@@ -56,7 +58,11 @@ def identify(weights: Mapping[str, Tensor]) -> Identity | None:
 
 def _saved(weights: Mapping[str, Tensor]) -> Mapping:
     """What a backbone of this package saved beside its weights."""
-    return getattr(weights, '_metadata', {}).get('', {}).get(METADATA, {})
+    return _metadata(weights).get(METADATA, {})
+
+
+def _metadata(weights: Mapping[str, Tensor]) -> Mapping:
+    return getattr(weights, '_metadata', {}).get('', {})
 
 
 def _vim(weights: Mapping[str, Tensor]) -> Identity | None:
@@ -73,11 +79,13 @@ def _vim(weights: Mapping[str, Tensor]) -> Identity | None:
         dt_rank=_side(weights.get(first + 'dt_proj.weight'), -1, usual['dt_rank']),
     )
     size = VIM_OF_WIDTH.get(width) if depth == 24 and mixer == usual else None
-    saved = _saved(weights)
-    layout = saved_class_tokens(weights, saved.get('cls_token') or 'middle')
-    grid = saved.get('grid') or _grid(weights, len(class_token_names(layout)), 'Vim')
+    name = _metadata(weights).get(MODEL_NAME)
+    named = settings_of_name(name)
+    known = _saved(weights) or named or {}
+    layout = saved_class_tokens(weights, known.get('cls_token') or 'middle')
+    grid = known.get('grid') or _grid(weights, len(class_token_names(layout)), 'Vim')
     patch = found['patch_size']
-    stride = patch // 2 if grid == LONG_SEQUENCE and patch == 16 else patch
+    stride = known.get('patch_stride') or (patch // 2 if grid == LONG_SEQUENCE and patch == 16 else patch)
     image_size = tuple((n - 1) * stride + patch for n in grid)
     direction = 'v2' if "'v2'" in found['directions'] else 'v1' if "'v1'" in found['directions'] else 'none'
     final_norm = 'norm_f.weight' in weights
@@ -93,18 +101,29 @@ def _vim(weights: Mapping[str, Tensor]) -> Identity | None:
         layer_scale_init=1.0 if found['layer scale'] == 'yes' else None,
         out_type='featmap' if not final_norm else 'cls_token' if layout else 'avg_featmap',
         final_norm=final_norm,
+        **rotary_in(weights, known.get('rotary')),
     )
+    backbone |= arguments(known, vim.HIDDEN_SETTINGS)
     facts = [
         f'{depth} blocks of width {width}',
         f'patches of {patch} pixels every {stride}',
         f'positions for a grid of {grid[0]}x{grid[1]}',
         {None: 'no class token', 'double': 'two class tokens'}.get(layout, f'class token: {layout}'),
         f'directions {found["directions"]}',
+        f'rotary {backbone["rotary"]!r}',
     ]
     notes = []
-    if layout in ('middle', 'head') and not saved:
+    if name is not None and named is None and not _saved(weights):
+        notes.append(f'nothing from args.model={name!r}, which is no name of the original code')
+    if layout in ('middle', 'head') and 'cls_token' not in known:
         notes.append('the file does not tell where its class token stands: in the middle, as in published files')
-    if stride != patch:
+    if backbone['rotary'] and 'rotary' not in known:
+        notes.append("the file does not tell which streams rotary embedding turns: 'both'")
+    if 'divide_output' not in known and direction == 'v2':
+        notes.append(
+            'the file does not tell whether the sum of both directions is halved: it is, as in published files'
+        )
+    if stride != patch and 'patch_stride' not in known:
         notes.append('a grid of 27x27 is taken for that of 224 pixels every 8, as in published long-sequence files')
     return Identity('Vim', size, backbone, image_size, facts, notes)
 
@@ -154,17 +173,18 @@ def _mambavision(file: Mapping[str, Tensor]) -> Identity | None:
         out_type=out_type,
         out_indices=tuple(out_indices),
         attention=places[0] if places else 'last',
-        fit_windows=saved.get('fit_windows', False),
-        mixer_conv=saved.get('mixer_conv', 'same'),
         mixer_symmetric=found.get('mixer_symmetric', True),
         mixer_merge=found.get('mixer_merge', 'concat'),
     )
+    backbone |= arguments(saved, mambavision.HIDDEN_SETTINGS)
     facts = [
         f'depths {"-".join(map(str, depths))}, width {found["embed_dims"]}, stem {found["stem_channels"]}',
         f'{sum(found["attention"])} attention blocks',
         f'layer scale: {found["layer scale"]}',
     ]
-    notes = ['the file does not tell the windows: (14, 7) in levels 2 and 3, as published for 224 pixels']
+    notes = []
+    if 'window_sizes' not in saved:
+        notes.append('the file does not tell the windows: (14, 7) in levels 2 and 3, as published for 224 pixels')
     if not saved:
         notes.append("nor the mixer's convolution: 'same', as published")
     if not size and not saved:
@@ -199,6 +219,7 @@ def _hier_vim(weights: Mapping[str, Tensor]) -> Identity | None:
         out_type='featmap' if maps else 'raw',
         out_indices=maps if maps and maps[-1] == built[-1] else (*maps, built[-1]),
     )
+    backbone |= arguments(_saved(weights), hier_vim.HIDDEN_SETTINGS)
     facts = [
         f'depths {"-".join(map(str, depths))}, width {found["embed_dims"]}',
         f'directions {found["directions"]!r}',
@@ -217,7 +238,7 @@ def _deit(weights: Mapping[str, Tensor]) -> Identity | None:
     tokens = [name for name in ('cls_token', 'dist_token') if name in named]
     saved = _saved(weights)
     grid = saved.get('grid') or _grid(named, len(tokens), 'DeiT')
-    arch = dict(embed_dims=width, depth=depth, num_heads=max(width // 64, 1))
+    arch = dict(embed_dims=width, depth=depth, num_heads=saved.get('num_heads', max(width // 64, 1)))
     size = next((name for name, a in reversed(VisionTransformer.arch_zoo.items()) if a == arch), None)
     final_norm = 'norm.weight' in named
     distilled = 'dist_token' in tokens
@@ -232,6 +253,7 @@ def _deit(weights: Mapping[str, Tensor]) -> Identity | None:
         out_type='cls_token' if whole else 'featmap',
         final_norm=final_norm,
     )
+    backbone |= arguments(saved, deit.HIDDEN_SETTINGS)
     facts = [
         f'{depth} blocks of width {width}',
         f'patches of {patch} pixels',
@@ -243,7 +265,7 @@ def _deit(weights: Mapping[str, Tensor]) -> Identity | None:
         notes.append(
             'a distilled DeiT classifies by two tokens, which this package does not: for dense prediction only'
         )
-    if not size:
+    if not size and 'num_heads' not in saved:
         notes.append(f'the file does not tell the number of heads: {arch["num_heads"]}, 64 channels each')
     return Identity('DeiT', size, backbone, tuple(n * patch for n in grid), facts, notes)
 

@@ -1,18 +1,27 @@
 """Published MambaVision weights and our own, fitted to a MambaVision with another read-out."""
 
-import logging
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 
-from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from mmvim.checkpoints.fitting import METADATA, Conversion, abridge, convert_on_load
-from mmvim.checkpoints.reading import SOURCE
-from mmvim.errors import CheckpointError
+from mmvim.checkpoints.fitting import Conversion, abridge, convert_on_load
+from mmvim.checkpoints.settings import METADATA, HiddenSetting, differing, same_output
 
 # files saved through a class that holds the network as `model` have this before every name
 INNER = 'model.'
+
+# What neither names nor shapes of a MambaVision's weights tell. Not in it, as they change no results of given weights:
+# rates, `dt_init`, `frozen_stages`, `norm_eval`, `with_cp`, `scan_backend`. All other arguments show.
+HIDDEN_SETTINGS = (
+    HiddenSetting('mixer_conv', 'convolutions see other neighbours', refused=True),
+    HiddenSetting('num_heads', 'attention splits its channels otherwise', refused=True, in_arch=True),
+    # smaller windows for training from ImageNet weights are what the setting is for
+    HiddenSetting('fit_windows', 'outputs differ wherever windows were padded'),
+    # every task has windows of its own, so that only those of one kind of output are compared
+    HiddenSetting('window_sizes', 'scans and attention see other windows in levels 2 and 3', counts=same_output),
+    HiddenSetting('out_indices', 'other levels are read', counts=same_output),
+)
 
 
 def mambavision_state_dict(
@@ -134,47 +143,55 @@ def explain_mambavision(
 def load_published_mambavision(backbone: nn.Module) -> None:
     """Let a MambaVision load published weights in every way to load; see `convert_on_load` for what is raised.
 
-    Its own weights carry the settings that change results but neither names nor shapes, as metadata of the state dict.
-    A file of another convolution or number of heads is refused, one of another `fit_windows` gets a warning: training
-    may go on from it.
+    Its own weights carry `HIDDEN_SETTINGS` as metadata of the state dict.
 
     Args:
-        backbone: a MambaVision; its levels, depths, num_heads, mixer_conv and fit_windows are read.
+        backbone: a MambaVision.
     """
     backbone._register_state_dict_hook(_after_save)
     may_miss = [f'outnorm{i}.{leaf}' for i in range(4) for leaf in ('weight', 'bias')]
-    convert_on_load(backbone, _convert, _explain, may_miss)
+    convert_on_load(backbone, _convert, _explain, _differ, may_miss)
 
 
-def _hidden_settings(backbone) -> dict:
-    return {'mixer_conv': backbone.mixer_conv, 'num_heads': backbone.num_heads, 'fit_windows': backbone.fit_windows}
+def mambavision_hidden_settings(backbone: nn.Module) -> dict:
+    """Values of a MambaVision's `HIDDEN_SETTINGS`, and its out_type."""
+    return {
+        'mixer_conv': backbone.mixer_conv,
+        'num_heads': backbone.num_heads,
+        'fit_windows': backbone.fit_windows,
+        'window_sizes': (8, 8, *backbone.window_sizes[2:]),  # levels 0 and 1 have none
+        'out_type': backbone.out_type,
+        'out_indices': backbone.out_indices,
+    }
 
 
 def _after_save(backbone, state_dict, prefix, local_metadata) -> None:
-    local_metadata[METADATA] = _hidden_settings(backbone)
+    local_metadata[METADATA] = mambavision_hidden_settings(backbone)
 
 
-def _check_hidden(backbone, saved: Mapping, source: str) -> None:
-    ours = _hidden_settings(backbone)
-    differ = [name for name in ours if saved.get(name, ours[name]) != ours[name]]
-    if differ == ['fit_windows']:
-        print_log(
-            f"'{source}' was saved with fit_windows={saved['fit_windows']}, the model has {ours['fit_windows']}: its "
-            'outputs differ wherever windows were padded. Train on, or set it as in the file',
-            logger='current',
-            level=logging.WARNING,
-        )
-    elif differ:
-        theirs = ', '.join(f'{name}={saved[name]!r}' for name in differ)
-        raise CheckpointError(
-            f"checkpoint '{source}' was saved from a MambaVision with {theirs}, this one has "
-            f'{", ".join(f"{name}={ours[name]!r}" for name in differ)}: set what the file has (num_heads in arch)'
-        )
+def _differ(backbone, weights: Mapping[str, Tensor], metadata: Mapping) -> tuple[list[str], list[str]]:
+    ours = mambavision_hidden_settings(backbone)
+    if METADATA in metadata:
+        return differing(HIDDEN_SETTINGS, metadata[METADATA], ours)
+    theirs = published_settings(mambavision_state_dict(weights).state_dict)
+    refused, warned = differing(HIDDEN_SETTINGS, theirs, ours, dict.fromkeys(theirs, 'as in all published ones'))
+    return [], refused + warned
+
+
+def published_settings(weights: Mapping[str, Tensor]) -> dict:
+    """Settings that all published files of a size have, by published names of the weights."""
+    # the backbone imports this module
+    from mmvim.models.backbones.mambavision import MambaVision
+
+    found = mambavision_settings(weights)
+    if not found:
+        return {}
+    keys = ('embed_dims', 'stem_channels', 'depths')
+    heads = [a['num_heads'] for a in MambaVision.arch_zoo.values() if all(a[key] == found[key] for key in keys)]
+    return {'mixer_conv': 'same'} | ({'num_heads': heads[-1]} if heads else {})
 
 
 def _convert(backbone, weights: Mapping[str, Tensor], metadata: Mapping) -> Conversion:
-    if SOURCE in metadata:
-        _check_hidden(backbone, metadata.get(METADATA, {}), metadata[SOURCE])
     norms = [name for name, _ in backbone.named_children() if name == 'norm' or name.startswith('outnorm')]
     return mambavision_state_dict(weights, norms=norms, num_levels=len(backbone.levels))
 

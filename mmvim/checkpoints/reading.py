@@ -30,8 +30,10 @@ WEIGHT_KEYS = ('state_dict', 'model', 'model_ema', 'state_dict_ema', 'module')
 # prefixes that wrappers put before every name
 WRAPPER_PREFIXES = ('module.', '_orig_mod.')
 
-# entry of a module's metadata in a state dict that names the file it came from, for messages
+# entries of a module's metadata in a state dict: the file it came from, for messages, and the name by which the code
+# that trained it built the model, `args.model` of the file
 SOURCE = 'source'
+MODEL_NAME = 'model_name'
 
 MapLocation = str | torch.device | Callable | Mapping | None
 
@@ -171,9 +173,27 @@ def find_state_dict(checkpoint: Any, source: str | os.PathLike = 'the checkpoint
             if f'{module}.'.startswith(prefix)
         )
     state_dict = OrderedDict(weights)
+    name = model_name(checkpoint)
+    if name is not None:
+        metadata = OrderedDict(metadata or {})
+        metadata[''] = {**metadata.get('', {}), MODEL_NAME: name}
     if metadata is not None:
         state_dict._metadata = metadata
     return state_dict
+
+
+def model_name(checkpoint: Any) -> str | None:
+    """The name by which the code that trained a model built it, where the file keeps that code's arguments."""
+    arguments = checkpoint.get('args') if isinstance(checkpoint, Mapping) else None
+    if isinstance(arguments, argparse.Namespace):
+        arguments = vars(arguments)
+    name = arguments.get('model') if isinstance(arguments, Mapping) else None
+    return name if isinstance(name, str) and name else None
+
+
+def facts_of_file(metadata: Mapping) -> dict:
+    """What the metadata of a module tells of the whole file."""
+    return {key: metadata[key] for key in (SOURCE, MODEL_NAME) if key in metadata}
 
 
 def _wrapper_prefix(names: Iterable[str]) -> str | None:
@@ -195,8 +215,10 @@ def load_from_local(filename: str, map_location: MapLocation = None) -> dict:
     if not isinstance(state_dict, OrderedDict) or _wrapper_prefix(state_dict):
         state_dict = find_state_dict(checkpoint, filename)
     metadata = getattr(state_dict, '_metadata', OrderedDict())
+    name = model_name(checkpoint)
+    facts = {SOURCE: str(filename)} if name is None else {SOURCE: str(filename), MODEL_NAME: name}
     for module in {'', 'backbone', *metadata}:
-        metadata[module] = {**metadata.get(module, {}), SOURCE: str(filename)}
+        metadata[module] = {**metadata.get(module, {}), **facts}
     state_dict._metadata = metadata
     return {**rest, 'state_dict': state_dict}
 

@@ -1,17 +1,86 @@
 """Published Vim weights (hustvl/Vim) and our own, fitted to a VisionMamba of another size, grid or read-out."""
 
+import re
 from collections import OrderedDict
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from mmvim.checkpoints.fitting import METADATA, Conversion, convert_on_load
+from mmvim.checkpoints.fitting import Conversion, convert_on_load
+from mmvim.checkpoints.reading import MODEL_NAME
+from mmvim.checkpoints.settings import METADATA, HiddenSetting, both_classify, differing, same_output
 from mmvim.errors import CheckpointError
 
 # M = h * w patch tokens, D width
 
 ARCH_OF_WIDTH = {192: 'tiny', 384: 'small', 768: 'base'}
+ROTARY = 'rope.'  # tables that the original code saves with a model that has rotary embedding, under `rope.freqs_*`
+
+
+def _same_table(theirs: Mapping, ours: Mapping) -> bool:
+    """At another grid the table of positions is interpolated, which the log tells."""
+    return theirs.get('grid') == ours['grid']
+
+
+def _same_token(theirs: Mapping, ours: Mapping) -> bool:
+    """A dense backbone leaves the class tokens of a classifier out on purpose; another number of them is refused."""
+    return same_output(theirs, ours) or ours['cls_token'] is not None
+
+
+def _both_rotary(theirs: Mapping, ours: Mapping) -> bool:
+    return None not in (theirs.get('rotary'), ours['rotary'])
+
+
+# What neither names nor shapes of a Vim's weights tell. Not in it, as they change no results of given weights: rates,
+# `reverse_prob`, `frozen_stages`, `with_cp`, `scan_backend`. All other arguments show in shapes.
+HIDDEN_SETTINGS = (
+    HiddenSetting('directions', 'blocks run in other directions', refused=True),
+    HiddenSetting('divide_output', 'the sum of both directions is halved in one of them only', refused=True),
+    # the released COCO and ADE20K recipes train on with rotary embedding
+    HiddenSetting('rotary', 'tokens are turned by other angles than in training'),
+    HiddenSetting('rotary_pretrain_size', 'tokens are turned by other angles than in training', counts=_both_rotary),
+    HiddenSetting('cls_token', 'the class token stands elsewhere in the sequence', counts=_same_token),
+    # long-sequence fine-tuning goes from 16 to 8 pixels, with another table
+    HiddenSetting('patch_stride', 'a table of as many positions spans another image', counts=_same_table),
+    HiddenSetting('out_type', 'the classifier sees other features', counts=both_classify),
+    HiddenSetting('out_indices', 'other blocks are read', counts=same_output),
+    HiddenSetting('feature_source', 'other features are read', counts=same_output),
+    HiddenSetting('final_norm', 'features pass the final norm in one of them only', counts=same_output),
+    HiddenSetting('norm_eps', 'norms divide by slightly other numbers'),
+    HiddenSetting('interpolate_mode', 'positions are interpolated otherwise at other image sizes', counts=same_output),
+)
+
+# Names by which hustvl/Vim builds its models, `args.model` of a published file. `with_cls_token` is that of the first
+# release, at the head.
+MODEL_NAMES = re.compile(
+    r'vim_[a-z]+_patch(?P<patch>\d+)(_stride(?P<stride>\d+))?_\d+_bimambav2_final_pool_(?P<pool>mean|none)_abs_pos_embed'
+    r'(?P<rotary>_rope(_also_residual)?)?(_with_(?P<token>cls_token|midclstok|middle_cls_token|noclstok))?(?P<half>_div2)?'
+)
+TOKENS = {None: None, 'noclstok': None, 'cls_token': 'head', 'midclstok': 'middle', 'middle_cls_token': 'middle'}
+
+
+def settings_of_name(name: str | None) -> dict | None:
+    """Arguments of VisionMamba by the name under which hustvl/Vim builds a model; None for any other name.
+
+    Args:
+        name: `args.model` of a published file, if it has one.
+    """
+    found = MODEL_NAMES.fullmatch(name or '')
+    if found is None:
+        return None
+    token = TOKENS[found['token']]
+    pooled = {'mean': 'avg_featmap', 'none': 'last_token'}[found['pool']]
+    return {
+        'directions': 'v2',
+        'divide_output': found['half'] is not None,
+        'rotary': {None: None, '_rope': 'hidden', '_rope_also_residual': 'both'}[found['rotary']],
+        'cls_token': token,
+        'patch_stride': int(found['stride'] or found['patch']),
+        'out_type': pooled if token is None else 'cls_token',
+        'feature_source': 'residual',
+        'final_norm': True,
+    }
 
 
 def class_token_names(layout: str | None) -> tuple[str, ...]:
@@ -69,7 +138,7 @@ def vim_state_dict(
 
     single = source_cls_token or (cls_token if cls_token in ('middle', 'head') else 'middle')
     saved = saved_class_tokens(state_dict, single)
-    drop = {name for name in state_dict if name.startswith('head.')}
+    drop = {name for name in state_dict if name.startswith(('head.', ROTARY))}
     if not final_norm:
         drop |= {name for name in state_dict if name.startswith('norm_f.')}
     if depth is not None and num_layers is not None and num_blocks(state_dict) == depth:
@@ -176,22 +245,48 @@ def explain_vim(file: Mapping[str, Tensor], model: Mapping[str, Tensor], depth: 
 def load_published_vim(backbone: nn.Module) -> None:
     """Let a VisionMamba load published weights, and its own at another image size, in every way to load.
 
-    Its own weights carry grid and class-token layout as metadata of the state dict, so that non-square grids and class
-    tokens at the head are known again. See `convert_on_load` for what is raised.
+    Its own weights carry grid, class-token layout and all of `HIDDEN_SETTINGS` as metadata of the state dict, so that
+    non-square grids and class tokens at the head are known again. Settings of a published file are known from its
+    `args.model` and from its rotary tables. See `convert_on_load` for what is raised and warned of.
 
     Args:
-        backbone: a VisionMamba; its cls_layout, grid, depth, layers, final_norm and interpolate_mode are read.
+        backbone: a VisionMamba.
     """
     backbone._register_state_dict_hook(_after_save)
-    convert_on_load(backbone, _convert, _explain)
+    convert_on_load(backbone, _convert, _explain, _differ)
+
+
+def vim_hidden_settings(backbone: nn.Module) -> dict:
+    """Values of a VisionMamba's `HIDDEN_SETTINGS`, and its grid (h, w) of patches."""
+    settings = {
+        'grid': tuple(backbone.grid),
+        # in training, 'sequence' is 'none' with half of the batches backwards
+        'directions': 'none' if backbone.directions == 'sequence' else backbone.directions,
+        'rotary': backbone.rotary_mode,
+        'cls_token': backbone.cls_layout,
+        'patch_stride': backbone.patch_embed.patch_stride,
+        'out_type': backbone.out_type,
+        'out_indices': backbone.out_indices,
+        'feature_source': backbone.feature_source,
+        'final_norm': backbone.final_norm,
+        'interpolate_mode': backbone.interpolate_mode,
+    }
+    if backbone.rotary is not None:
+        settings['rotary_pretrain_size'] = backbone.rotary.pretrain_size
+    if len(backbone.layers):
+        first = backbone.layers[0]
+        settings['norm_eps'] = first.norm.eps
+        if backbone.directions == 'v2':
+            settings['divide_output'] = first.mixer.scale == 0.5
+    return settings
 
 
 def _after_save(backbone, state_dict, prefix, local_metadata) -> None:
-    local_metadata[METADATA] = {'grid': tuple(backbone.grid), 'cls_token': backbone.cls_layout}
+    local_metadata[METADATA] = vim_hidden_settings(backbone)
 
 
 def _convert(backbone, weights: Mapping[str, Tensor], metadata: Mapping) -> Conversion:
-    saved = metadata.get(METADATA, {})
+    saved = metadata.get(METADATA) or settings_of_name(metadata.get(MODEL_NAME)) or {}
     return vim_state_dict(
         weights,
         cls_token=backbone.cls_layout,
@@ -207,3 +302,39 @@ def _convert(backbone, weights: Mapping[str, Tensor], metadata: Mapping) -> Conv
 
 def _explain(backbone, weights: Mapping[str, Tensor]) -> list[str]:
     return explain_vim(weights, backbone.state_dict(), backbone.depth)
+
+
+def _differ(backbone, weights: Mapping[str, Tensor], metadata: Mapping) -> tuple[list[str], list[str]]:
+    # the backbone imports this module
+    from mmvim.models.layers.patch_embed import square_grid
+
+    ours = vim_hidden_settings(backbone)
+    if METADATA in metadata:
+        return differing(HIDDEN_SETTINGS, metadata[METADATA], ours)
+    if not vim_settings(weights):
+        return [], []
+    name = metadata.get(MODEL_NAME)
+    named = settings_of_name(name)
+    theirs, evidence = dict(named or {}), dict.fromkeys(named or {}, 'by its args.model')
+    theirs |= rotary_in(weights, theirs.get('rotary') or ours['rotary'])
+    evidence['rotary'] = f'it has {"no " if theirs["rotary"] is None else ""}{ROTARY}freqs_cos'
+    table = weights.get('pos_embed')
+    if table is not None:
+        theirs['grid'] = square_grid(table.shape[1] - len(class_token_names(saved_class_tokens(weights))))
+    refused, warned = differing(HIDDEN_SETTINGS, theirs, ours, evidence)
+    if name is not None and named is None:
+        warned.append(
+            f'args.model={name!r} of the file is no name of the original code, which leaves its class token, rotary '
+            'embedding and divide_output unknown: compare them'
+        )
+    return [], refused + warned  # what a name tells may be wrong
+
+
+def rotary_in(weights: Mapping[str, Tensor], mode: str | None) -> dict:
+    """The argument `rotary` by the tables in a published file.
+
+    Args:
+        weights: weights by published name.
+        mode: what it is taken for if there are tables, which do not tell 'hidden' from 'both'; None means 'both'.
+    """
+    return {'rotary': (mode or 'both') if any(name.startswith(ROTARY) for name in weights) else None}

@@ -46,6 +46,30 @@ def test_published_files_with_a_namespace(tmp_path, suffix, zipped):
     assert read_checkpoint(str(path))['args'] == args
 
 
+@pytest.mark.parametrize(
+    'args, name',
+    [
+        (argparse.Namespace(model='vim_tiny'), 'vim_tiny'),
+        (dict(model='vim_tiny'), 'vim_tiny'),
+        (argparse.Namespace(model=['vim_tiny']), None),
+        (argparse.Namespace(lr=1), None),
+        ('vim_tiny', None),
+        (None, None),
+    ],
+)
+@pytest.mark.parametrize('key', ['model', 'state_dict'])
+def test_the_name_of_the_model_goes_with_the_weights(tmp_path, args, name, key):
+    path = tmp_path / 'published.pth'
+    torch.save({key: OrderedDict(WEIGHTS), 'args': args}, path)
+    loaded = CheckpointLoader.load_checkpoint(str(path))['state_dict']
+    for metadata in (loaded._metadata[''], loaded._metadata['backbone'], read_meta(path)):
+        assert metadata.get('model_name') == name
+
+
+def read_meta(path):
+    return getattr(read_state_dict(path), '_metadata', {}).get('', {})
+
+
 def test_safetensors(tmp_path):
     save_file(WEIGHTS, tmp_path / 'w.safetensors')
     assert same(read_state_dict(tmp_path / 'w.safetensors'))

@@ -258,6 +258,43 @@ def test_metadata_of_a_backbone_goes_with_it():
     assert identify(weights).backbone['cls_token'] == 'head' and not identify(weights).notes
 
 
+ORIGINAL_NAME = 'vim_tiny_patch16_224_bimambav2_final_pool_mean_abs_pos_embed_with_midclstok_div2'
+
+
+def test_settings_that_differ_are_told(check):
+    weights = classifier(build('VisionMamba', arch=dict(embed_dims=96, depth=4)))
+    weights['patch_embed.proj.weight'] = torch.randn(96, 3, 8, 8)
+    file = {'model': weights, 'args': argparse.Namespace(model=ORIGINAL_NAME)}
+    config = ('--config', DEMO, '--no-forward')
+    assert 'setting:' not in check('vim.pth', *config, save=file)
+    out = check('vim.pth', *config, '--cfg-options', 'model.backbone.rotary=both', 'model.backbone.divide_output=False')
+    assert 'setting: divide_output=True in the file (by its args.model), False in the model' in out
+    assert "setting: rotary=None in the file (it has no rope.freqs_cos), 'both' in the model" in out
+    own = build('VisionMamba', arch=dict(embed_dims=96, depth=4), patch_size=8, rotary='hidden').state_dict()
+    assert "rotary 'hidden'" in check('own.pth', '--no-forward', save=own)
+    assert "setting: rotary='hidden' in the file, None in the model" in check('own.pth', *config)
+    own._metadata['']['mmvim']['divide_output'] = False
+    out = check(
+        'own.pth', *config, save=own, error='other settings (divide_output=False in the file, True in the model'
+    )
+    assert 'setting: divide_output=False in the file' in out
+
+
+def test_the_name_of_the_original_code_is_used(check):
+    weights = classifier(build('VisionMamba', arch=SMALL_VIM))
+    weights |= {f'rope.freqs_{part}': torch.ones(196, 16) for part in ('cos', 'sin')}
+    name = ORIGINAL_NAME.replace('_with_midclstok_div2', '_rope_with_cls_token')
+    out = check('vim.pth', '--no-forward', save={'model': weights, 'args': argparse.Namespace(model=name)})
+    assert "class token: head; directions 'v2'; rotary 'hidden'" in out
+    assert 'assumed' not in out and 'setting:' not in out
+    out = check('vim.pth', '--no-forward', save={'model': weights, 'args': argparse.Namespace(model='mine')})
+    assert "assumed: nothing from args.model='mine', which is no name of the original code" in out
+    assert "assumed: the file does not tell which streams rotary embedding turns: 'both'" in out
+    assert (
+        'setting: args.model=' in out and 'dropped: 4 (head.weight, head.bias, rope.freqs_cos, rope.freqs_sin)' in out
+    )
+
+
 # ---- bad files
 
 
