@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from mmengine.config import Config
 from mmengine.runner.checkpoint import load_checkpoint
 from safetensors.torch import save_file
 from torch import nn
@@ -18,6 +19,8 @@ from mmvim.errors import CheckpointError
 from mmvim.models import MambaVision
 
 ARCH = dict(embed_dims=16, stem_channels=8, depths=(1, 1, 3, 2), num_heads=(1, 2, 2, 4))
+REPOSITORY = Path(__file__).parents[2]
+README = (REPOSITORY / 'configs' / 'mambavision' / 'README.md').read_text()
 KEYS = json.loads((Path(__file__).parents[1] / 'data' / 'mambavision_t_keys.json').read_text())
 
 
@@ -190,3 +193,59 @@ def test_whole_classifiers_get_the_names_of_mmpretrain():
         published = {prefix + name: value for name, value in weights.items()}
         assert str(classifier.load_state_dict(to_classifier(published))) == '<All keys matched successfully>'
         assert torch.equal(classifier.head.fc.weight, weights['head.weight'])
+
+
+def parameters(config, change=None):
+    """Parameters of a config's model, 1e6, changed before it is built."""
+    from mmengine.registry import MODELS, init_default_scope
+
+    cfg = Config.fromfile(REPOSITORY / 'configs' / 'mambavision' / config)
+    if change is not None:
+        change(cfg.model)
+    init_default_scope(cfg.default_scope)
+    with torch.device('meta'):
+        model = MODELS.build(cfg.model)
+    return model, round(sum(parameter.numel() for parameter in model.parameters()) / 1e6, 1)
+
+
+def box_heads(**settings):
+    def change(model):
+        for head in model.roi_head.bbox_head:
+            head.update(settings)
+
+    return change
+
+
+LINEAR = dict(num_shared_convs=0, num_shared_fcs=2)
+
+
+@pytest.mark.parametrize(
+    'change, expected',
+    [
+        (None, 89.2),
+        (box_heads(reg_class_agnostic=True), 88.2),
+        (box_heads(**LINEAR), 85.3),
+        (box_heads(**LINEAR, reg_class_agnostic=True), 84.3),
+        (lambda model: model.roi_head.update(mask_head=None, mask_roi_extractor=None), 81.3),
+    ],
+)
+def test_the_counts_of_cascades_in_the_readme(change, expected):
+    model, count = parameters('cascade-mask-rcnn_mambavision-t_fpn_4conv1fc-giou_amp-ms-crop-3x_coco.py', change)
+    assert count == expected and f'| {expected} |' in README
+    if change is None:
+        one = sum(parameter.numel() for parameter in model.roi_head.mask_head[0].parameters()) / 1e6
+        assert len(model.roi_head.mask_head) == 3 and f'| one mask head | {count - 2 * one:.1f} |' in README
+
+
+@pytest.mark.parametrize(
+    'change, expected',
+    [
+        (None, 62.5),
+        (lambda model: model.update(auxiliary_head=None), 61.7),
+        (lambda model: model.decode_head.update(channels=384), 50.0),
+        (lambda model: model.decode_head.update(channels=256), 40.7),
+    ],
+)
+def test_the_counts_of_upernets_in_the_readme(change, expected):
+    _, count = parameters('upernet_mambavision-t_8xb2-160k_ade20k-512x512.py', change)
+    assert count == expected and f'| {expected:.1f} |' in README
