@@ -1,8 +1,9 @@
-"""Checks that ops share: what tensors they take, and what autocast makes of them."""
+"""Checks that ops share: what tensors and options they take, and what autocast makes of tensors."""
 
 from __future__ import annotations
 
-from typing import NoReturn
+import math
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -25,26 +26,57 @@ def shape_of(x: Tensor) -> str:
     return str(tuple(x.shape))
 
 
+def _is_dense(x: Tensor) -> bool:
+    return x.layout is torch.strided and not x.is_nested
+
+
 def check_tensor(op: str, name: str, x: Tensor) -> None:
-    """Raises ValueError unless x is a tensor of a floating dtype that the ops know, with no size of zero."""
+    """Raises ValueError unless x is a dense tensor of a floating dtype that the ops know, with no size of zero."""
     if not isinstance(x, Tensor):
         fail(op, name, f'must be a tensor, got {type(x).__name__}')
+    if not _is_dense(x):
+        fail(op, name, f'is a {"nested" if x.is_nested else x.layout} tensor; it must be dense (torch.strided)')
     if x.dtype not in DTYPES:
         fail(op, name, f'has dtype {x.dtype}; legal are {", ".join(map(str, DTYPES))}')
     if 0 in x.shape:
         fail(op, name, f'has shape {shape_of(x)}; every size must be at least 1')
 
 
-def check_beside(op: str, name: str, tensor: Tensor, x: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
-    """Raises ValueError unless tensor is on the device of the op's input x and has one of the dtypes."""
-    if isinstance(tensor, Tensor) and tensor.dtype in dtypes and tensor.device == x.device and 0 not in tensor.shape:
+def check_beside(
+    op: str, name: str, tensor: Tensor, x: Tensor, dtypes: tuple[torch.dtype, ...], x_name: str = 'x'
+) -> None:
+    """Raises ValueError unless tensor is dense, on the device of the op's input x and has one of the dtypes."""
+    if (
+        isinstance(tensor, Tensor)
+        and tensor.dtype in dtypes
+        and tensor.device == x.device
+        and _is_dense(tensor)
+        and 0 not in tensor.shape
+    ):
         return
     check_tensor(op, name, tensor)
     if tensor.device != x.device:
-        fail(op, name, f'is on {tensor.device}, x is on {x.device}; all tensors must be on one device')
-    if tensor.dtype not in dtypes:
-        legal = ' or '.join(map(str, dict.fromkeys(dtypes)))
-        fail(op, name, f'has dtype {tensor.dtype}, x has {x.dtype}; {name} must be {legal}')
+        fail(op, name, f'is on {tensor.device}, {x_name} is on {x.device}; all tensors must be on one device')
+    legal = ' or '.join(map(str, dict.fromkeys(dtypes)))
+    fail(op, name, f'has dtype {tensor.dtype}, {x_name} has {x.dtype}; {name} must be {legal}')
+
+
+def check_flag(op: str, name: str, value: Any) -> None:
+    if value is not True and value is not False:
+        fail(op, name, f'must be True or False, got {value!r}')
+
+
+def check_number(op: str, name: str, value: Any, least: float = -math.inf) -> None:
+    """Raises ValueError unless value is a finite int or float, and at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        fail(op, name, f'must be a number, got {value!r}')
+    if not least <= value < math.inf or value == -math.inf:
+        fail(op, name, f'is {value}, must be {"" if least == -math.inf else f"at least {least:g} and "}finite')
+
+
+def check_choice(op: str, name: str, value: Any, choices: tuple[str | None, ...]) -> None:
+    if not (value is None or isinstance(value, str)) or value not in choices:
+        fail(op, name, f'must be {" or ".join(map(repr, choices))}, got {value!r}')
 
 
 def parameter_dtypes(x: Tensor) -> tuple[torch.dtype, ...]:

@@ -50,7 +50,7 @@ EXP2_NARROW = {
 }
 ATANH = (0.33333208142721366, 0.2001076362761836, 0.1400090248276717, 0.14005994257023055)
 ROUND = 12582912.0  # 1.5 * 2^23: adding it rounds to an integer, which then stands in the low bits
-T_MIN, T_MAX = -126.0, 128.0  # 2^T_MIN is the smallest normal number, 2^T_MAX is inf
+T_MIN, T_MAX = -126.0, 128.0  # 2^T_MIN is the smallest normal number, 2^T_MAX the first that overflows
 
 
 INT = types.int64
@@ -94,39 +94,38 @@ def _emit_fma(builder, x, y, z):
     return builder.call(fn, [x, y, z])
 
 
-def _emit_exp2(builder, t):
-    """2^t for |t| <= 126: 2^k in the exponent bits times a polynomial in t - k."""
+def _emit_exp2(builder, t, less=0):
+    """2^(t - less) for t - less from T_MIN to 127.9: 2^k in the exponent bits times a polynomial in t - less - k."""
     if PERMUTE:
-        return _emit_exp2_table(builder, t)
+        return _emit_exp2_table(builder, t, less)
     ints = _ir(VEC, I32)
-    m = builder.fadd(t, _const(ROUND))
-    r = builder.fsub(t, builder.fsub(m, _const(ROUND)))
+    m = builder.fadd(t, _const(ROUND + 127 - less))  # 127: the exponent's bias
+    r = builder.fsub(t, builder.fsub(m, _const(ROUND + 127 - less)))
     p = _const(EXP2[-1])
     for c in (*EXP2[-2::-1], 1.0):
         p = _emit_fma(builder, p, r, _const(c))
-    k = builder.shl(builder.bitcast(m, ints), ir.Constant(ints, [23] * LANES))
-    return builder.bitcast(builder.add(builder.bitcast(p, ints), k), _ir(VEC))
+    scale = builder.shl(builder.bitcast(m, ints), ir.Constant(ints, [23] * LANES))
+    return builder.fmul(p, builder.bitcast(scale, _ir(VEC)))  # integer addition of k would make numbers of some NaNs
 
 
-def _emit_exp2_table(builder, t):
-    """2^t for |t| <= 126 as 2^k 2^(j / HALF) 2^r, with 2^(j / HALF) from a register: fewer multiplications.
+def _emit_exp2_table(builder, t, less):
+    """As _emit_exp2, as 2^k 2^(j / HALF) 2^r with 2^(j / HALF) from a register: fewer multiplications.
 
     Adding ROUND / HALF rounds t to k + j / HALF and leaves k HALF + j in the low bits. Shifted into the exponent, j
     would spill into the mantissa: the table's entries have it subtracted.
     """
     bits = HALF.bit_length() - 1
     ints = _ir(VEC, I32)
-    m = builder.fadd(t, _const(ROUND / HALF))
-    r = builder.fsub(t, builder.fsub(m, _const(ROUND / HALF)))
+    m = builder.fadd(t, _const(ROUND / HALF - less))
+    r = builder.fsub(t, builder.fsub(m, _const(ROUND / HALF - less)))
     index = builder.bitcast(m, ints)
     entries = np.exp2(np.arange(HALF) / HALF).astype(np.float32).view(np.int32) - (np.arange(HALF) << (23 - bits))
-    register, lanes = _ir(HVEC), _ir(HVEC, I32)
-    table = builder.bitcast(ir.Constant(lanes, [int(entry) for entry in entries]), register)
-    permute = get_or_insert_function(builder.module, ir.FunctionType(register, [register, lanes]), PERMUTE)
+    lanes = _ir(HVEC, I32)
+    table = builder.bitcast(ir.Constant(lanes, [int(entry) for entry in entries]), _ir(HVEC))
     halves = []
     for first in (0, HALF):
         part = builder.shuffle_vector(index, index, ir.Constant(lanes, list(range(first, first + HALF))))
-        halves.append(builder.call(permute, [table, part]))
+        halves.append(_emit_permute(builder, table, part))
     both = ir.Constant(ints, list(range(LANES)))
     scale = builder.bitcast(builder.shuffle_vector(*halves, both), ints)
     shift = ir.Constant(ints, [23 - bits] * LANES)
@@ -137,10 +136,20 @@ def _emit_exp2_table(builder, t):
     return _emit_fma(builder, scale, builder.fmul(p, r), scale)
 
 
-def _emit_clamp(builder, t):
-    for test, limit in (('<', T_MIN), ('>', T_MAX)):  # in this form NaN passes
+def _emit_permute(builder, table, index):
+    """table[index mod HALF] in every lane."""
+    fn_type = ir.FunctionType(table.type, [table.type, index.type])
+    return builder.call(get_or_insert_function(builder.module, fn_type, PERMUTE), [table, index])
+
+
+def _emit_half_exp2(builder, t):
+    """2^t / 2, which is still finite where 2^t is, and the half of inf where 2^t overflows: twice it is right there.
+
+    The factor 2^128 would be inf, and inf times a remainder of 0 is NaN.
+    """
+    for test, limit in (('<', T_MIN + 1), ('>', T_MAX)):  # in this form NaN passes
         t = builder.select(builder.fcmp_ordered(test, t, _const(limit)), _const(limit), t)
-    return t
+    return _emit_exp2(builder, t, 1)
 
 
 def _emit_splat(builder, x):
@@ -200,7 +209,7 @@ minimum = _binary(lambda b, x, y: b.select(b.fcmp_ordered('>', x, y), y, x))  # 
 maximum = _binary(lambda b, x, y: b.select(b.fcmp_ordered('<', x, y), y, x))
 neg = _unary(lambda b, x: b.fneg(x))
 exp2_tame = _unary(_emit_exp2)
-exp2 = _unary(lambda b, x: _emit_exp2(b, _emit_clamp(b, x)))
+half_exp2 = _unary(_emit_half_exp2)
 
 
 @intrinsic
@@ -312,13 +321,37 @@ inline = njit(error_model='numpy', boundscheck=False, forceinline=True)
 
 
 @inline
+def exp2(x):
+    """2^x, from 2^-125 for all that is smaller up to inf."""
+    v = half_exp2(x)
+    return add(v, v)
+
+
+@inline
+def one_plus_exp_neg(x):
+    return fma(half_exp2(mul(x, splat(-LOG2E))), splat(2.0), splat(1.0))
+
+
+@inline
 def sigmoid(x):
-    return div(splat(1.0), add(splat(1.0), exp2(mul(x, splat(-LOG2E)))))
+    return div(splat(1.0), one_plus_exp_neg(x))
+
+
+@inline
+def silu(x):
+    return div(x, one_plus_exp_neg(x))
+
+
+@inline
+def silu_slope(x):
+    """The derivative of SiLU; NaN at both infinities, as PyTorch's."""
+    s = sigmoid(x)
+    return mul(s, fma(x, sub(splat(1.0), s), splat(1.0)))
 
 
 @inline
 def exp_neg(x):
-    """exp(-x) for x >= 0, of which no more than 87 counts; the rounding of x log2(e) is put right."""
+    """exp(-x) for x >= 0, of which no more than 87 counts; FMA puts the rounding of x log2(e) right."""
     x = minimum(x, splat(87.0))
     t = mul(x, splat(-LOG2E))
     e = exp2_tame(t)

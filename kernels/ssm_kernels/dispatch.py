@@ -33,7 +33,7 @@ def choose_backend(op: str, table: Sequence[Backend], forced: str | None, x: Ten
         ValueError: if ``forced`` is no name of the table.
         RuntimeError: if the forced backend cannot run this (there is no silent fallback), or if none can.
     """
-    if forced is not None and forced not in [backend.name for backend in table]:
+    if forced is not None and not (isinstance(forced, str) and forced in [backend.name for backend in table]):
         raise ValueError(f'{op}: unknown backend {forced!r}; choose one of {[backend.name for backend in table]}')
     reasons = []
     for backend in table:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..arguments import autocast_dtype, check_beside, check_tensor, fail, parameter_dtypes, shape_of
+from ..arguments import autocast_dtype, check_beside, check_number, check_tensor, fail, parameter_dtypes, shape_of
 from ..dispatch import Backend, choose_backend, numba_why_not, triton_why_not
 from .reference import add_rms_norm_reference
 
@@ -61,7 +61,7 @@ def add_rms_norm(
         residual: the stream that it is added to, shape of x, float32 (float64 for float64 x); None starts the stream
             with x.
         weight: (D), float32 or dtype of x.
-        eps: added to the mean square, at least 0.
+        eps: added to the mean square, finite and at least 0.
         backend: a name of the room's table of backends; None takes the first that can run these tensors.
 
     Returns:
@@ -94,5 +94,4 @@ def _check(op: str, x: Tensor, residual: Tensor | None, weight: Tensor, eps: flo
         fail(op, 'residual', f'has shape {shape_of(residual)}, must equal that of x, {shape_of(x)}')
     if weight.shape != x.shape[-1:]:
         fail(op, 'weight', f'has shape {shape_of(weight)}, must be {tuple(x.shape[-1:])} for x of shape {shape_of(x)}')
-    if not eps >= 0:
-        fail(op, 'eps', f'is {eps}, must be at least 0')
+    check_number(op, 'eps', eps, least=0)

@@ -11,7 +11,16 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from ..arguments import autocast_dtype, check_beside, check_tensor, fail, parameter_dtypes, shape_of
+from ..arguments import (
+    autocast_dtype,
+    check_beside,
+    check_choice,
+    check_flag,
+    check_tensor,
+    fail,
+    parameter_dtypes,
+    shape_of,
+)
 from ..dispatch import Backend, choose_backend, numba_why_not, triton_why_not
 from .reference import causal_conv1d_reference
 
@@ -68,7 +77,8 @@ def causal_conv1d(
         RuntimeError: if the forced backend cannot run these tensors, with its reason.
     """
     op = 'causal_conv1d'
-    _check(op, (), x, weight, bias)
+    _check(op, (), x, weight, bias, activation)
+    check_flag(op, 'reverse', reverse)
     weight, bias = _with_direction(weight, bias)
     return _run(op, backend, x, weight, bias, 'anticausal' if reverse else 'causal', activation).squeeze(0)
 
@@ -96,7 +106,7 @@ def bidirectional_causal_conv1d(
         ValueError, RuntimeError: as :func:`causal_conv1d`.
     """
     op = 'bidirectional_causal_conv1d'
-    _check(op, (2,), x, weight, bias)
+    _check(op, (2,), x, weight, bias, activation)
     return _run(op, backend, x, weight, bias, 'both', activation)
 
 
@@ -120,7 +130,7 @@ def same_conv1d(
         ValueError, RuntimeError: as :func:`causal_conv1d`.
     """
     op = 'same_conv1d'
-    _check(op, (), x, weight, bias)
+    _check(op, (), x, weight, bias, activation)
     weight, bias = _with_direction(weight, bias)
     return _run(op, backend, x, weight, bias, 'same', activation).squeeze(0)
 
@@ -141,7 +151,7 @@ def causal_conv1d_fn(x: Tensor, weight: Tensor, bias: Tensor | None = None, acti
         ValueError: if a shape, dtype, device or option does not fit, naming the argument.
     """
     op = 'causal_conv1d_fn'
-    _check(op, (), x, weight, bias, channels_first=True)
+    _check(op, (), x, weight, bias, activation, ('silu', 'swish', None), channels_first=True)
     weight, bias = _with_direction(weight, bias)
     activation = 'silu' if activation == 'swish' else activation
     return _run(op, None, x.transpose(1, 2), weight, bias, 'causal', activation).squeeze(0).transpose(1, 2).contiguous()
@@ -154,8 +164,6 @@ def _with_direction(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor
 def _run(
     op: str, forced: str | None, x: Tensor, weight: Tensor, bias: Tensor | None, padding: str, activation: str | None
 ) -> Tensor:
-    if activation not in ('silu', None):
-        fail(op, 'activation', f"must be 'silu' or None, got {activation!r}")
     low = autocast_dtype(x)
     if low is not None:
         x = x.to(low)
@@ -164,9 +172,17 @@ def _run(
 
 
 def _check(
-    op: str, lead: tuple[int, ...], x: Tensor, weight: Tensor, bias: Tensor | None, channels_first: bool = False
+    op: str,
+    lead: tuple[int, ...],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    activations: tuple[str | None, ...] = ('silu', None),
+    channels_first: bool = False,
 ) -> None:
     """Raises ValueError at the first argument that does not fit, with both shapes and what is legal."""
+    check_choice(op, 'activation', activation, activations)
     check_tensor(op, 'x', x)
     legal = parameter_dtypes(x)
     check_beside(op, 'weight', weight, x, legal)

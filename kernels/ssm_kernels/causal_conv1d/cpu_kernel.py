@@ -25,12 +25,12 @@ from ..cpu_vectors import (
     load_tile,
     mul,
     params_dtype,
-    sigmoid,
+    silu,
+    silu_slope,
     splat,
     store,
     store_row,
     store_tile,
-    sub,
     take_ticket,
 )
 
@@ -72,11 +72,6 @@ def convolve(p_x, s_x, token, sign, ahead, L, W, p_conv, m, spare):
     return v
 
 
-@inline
-def silu(x):
-    return mul(x, sigmoid(x))
-
-
 def scratch_bytes() -> int:
     """Of a backward task: the tile's weights, their gradients, a spare row, rows of gradients with a margin, of dx."""
     return VB * (2 * (MAX_WIDTH + 1) + 1 + BLOCK + 2 * MAX_WIDTH + BLOCK)
@@ -109,8 +104,7 @@ def fill_gradients(a, k, i_b, first, last, d0, m, p_conv, p_g, spare):
         v_g = load_row(p_dy, m, spare)
         if a.silu:
             v = convolve(p_x, a.x_l, token, sign, ahead, L, W, p_conv, m, spare)
-            v_s = sigmoid(v)
-            v_g = mul(v_g, mul(v_s, fma(v, sub(splat(1.0), v_s), splat(1.0))))
+            v_g = mul(v_g, silu_slope(v))
         store(p_g, v_g)
         p_g += VB
         p_dy += FB * D

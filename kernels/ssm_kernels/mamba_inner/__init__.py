@@ -13,7 +13,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..arguments import autocast_dtype, check_beside, check_tensor, fail, parameter_dtypes, shape_of
+from ..arguments import (
+    autocast_dtype,
+    check_beside,
+    check_choice,
+    check_flag,
+    check_number,
+    check_tensor,
+    fail,
+    parameter_dtypes,
+    shape_of,
+)
 from ..dispatch import Backend, choose_backend, numba_why_not
 from ..selective_scan import scan_triton_why_not
 from .composed import mamba_inner_composed
@@ -93,8 +103,8 @@ def mamba_inner(
         RuntimeError: if the forced backend cannot run these tensors, with its reason.
     """
     op = 'mamba_inner'
-    weights = [DirectionWeights(*w) for w in weights]
-    _check(op, x, z, weights, reverse, padding)
+    weights = _directions(op, weights)
+    _check(op, x, z, weights, scale, reverse, padding)
     low = autocast_dtype(x)
     if low is not None:
         x, z = x.to(low), None if z is None else z.to(low)
@@ -110,8 +120,29 @@ def _needs_grad(x: Tensor, z: Tensor | None, weights: list[DirectionWeights]) ->
     return any(t is not None and t.requires_grad for t in (x, z, *(t for w in weights for t in w)))
 
 
-def _check(op: str, x: Tensor, z: Tensor | None, weights: list[DirectionWeights], reverse: bool, padding: str) -> None:
+def _directions(op: str, weights: Sequence[DirectionWeights]) -> list[DirectionWeights]:
+    """Raises ValueError unless weights is a list or tuple of DirectionWeights, or of tuples like them."""
+    if not isinstance(weights, (list, tuple)) or isinstance(weights, DirectionWeights):
+        fail(op, 'weights', f'must be a list of DirectionWeights, got {type(weights).__name__}')
+    for k, w in enumerate(weights):
+        if not isinstance(w, (list, tuple)) or len(w) != len(DirectionWeights._fields):
+            fail(op, f'weights[{k}]', f'must be DirectionWeights or {len(DirectionWeights._fields)} values like them')
+    return [DirectionWeights(*w) for w in weights]
+
+
+def _check(
+    op: str,
+    x: Tensor,
+    z: Tensor | None,
+    weights: list[DirectionWeights],
+    scale: float,
+    reverse: bool,
+    padding: str,
+) -> None:
     """Raises ValueError at the first argument that does not fit, with both shapes and what is legal."""
+    check_number(op, 'scale', scale)
+    check_flag(op, 'reverse', reverse)
+    check_choice(op, 'padding', padding, ('causal', 'same'))
     check_tensor(op, 'x', x)
     if x.dim() != 3:
         fail(op, 'x', f'has shape {shape_of(x)}, must be (B, L, D)')
@@ -119,8 +150,6 @@ def _check(op: str, x: Tensor, z: Tensor | None, weights: list[DirectionWeights]
         check_beside(op, 'z', z, x, (x.dtype,) if autocast_dtype(x) is None else parameter_dtypes(x))
         if z.shape != x.shape:
             fail(op, 'z', f'has shape {shape_of(z)}, must equal that of x, {shape_of(x)}')
-    if padding not in ('causal', 'same'):
-        fail(op, 'padding', f"must be 'causal' or 'same', got {padding!r}")
     if len(weights) not in (1, 2):
         fail(op, 'weights', f'has {len(weights)} directions, must have 1 or 2')
     if len(weights) == 2 and (reverse or padding == 'same'):

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from ..arguments import autocast_dtype
 from ..causal_conv1d import bidirectional_causal_conv1d, causal_conv1d, same_conv1d
 from ..selective_scan import bidirectional_selective_scan, selective_scan
 
@@ -30,16 +30,28 @@ def mamba_inner_composed(
     """One convolution, one product with x_proj and dt_proj, and one scan for all directions; see ``mamba_inner``."""
     if len(weights) == 1:
         return _one(x, z, weights[0], scale, reverse, padding, backend)
-    conv, conv_bias, x_proj, dt_proj, A, D, dt_bias = (
-        None if ws[0] is None else torch.stack(ws) for ws in zip(*weights, strict=True)
-    )
+    conv, conv_bias, x_proj, dt_proj, A, D, dt_bias = (_stack(ws) for ws in zip(*weights, strict=True))
     u = bidirectional_causal_conv1d(x, conv, conv_bias, backend=backend)
     rank, n = dt_proj.shape[2], A.shape[2]
-    rows = u.flatten(1, 2) @ x_proj.transpose(1, 2)
+    rows = _project(u.flatten(1, 2), x_proj)
     dt, B, C = rows.split((rank, n, n), dim=-1)
-    dt = (dt @ dt_proj.transpose(1, 2)).view_as(u)
-    B, C = (t.unflatten(1, u.shape[1:3]) for t in (B, C))
+    dt = _project(dt, dt_proj).to(u.dtype).view_as(u)
+    B, C = (t.to(u.dtype).unflatten(1, u.shape[1:3]) for t in (B, C))
     return bidirectional_selective_scan(u, dt, A, B, C, D, z, dt_bias, dt_softplus=True, scale=scale, backend=backend)
+
+
+def _stack(weights: Sequence[Tensor | None]) -> Tensor | None:
+    """One weight of both directions; where only one direction has it, that of the other one is zero."""
+    some = next((w for w in weights if w is not None), None)
+    return None if some is None else torch.stack([torch.zeros_like(some) if w is None else w for w in weights])
+
+
+def _project(x: Tensor, weight: Tensor) -> Tensor:
+    """x times the transpose of weight, in the wider of both dtypes, or in autocast's."""
+    if autocast_dtype(x) is None:
+        wide = torch.promote_types(x.dtype, weight.dtype)
+        x, weight = x.to(wide), weight.to(wide)
+    return x @ weight.mT
 
 
 def _one(
@@ -50,7 +62,7 @@ def _one(
     else:
         u = causal_conv1d(x, w.conv_weight, w.conv_bias, reverse=reverse, backend=backend)
     n = w.A.shape[1]
-    dt, B, C = F.linear(u, w.x_proj).split((w.dt_proj.shape[1], n, n), dim=-1)
-    dt = F.linear(dt, w.dt_proj)
+    dt, B, C = _project(u, w.x_proj).split((w.dt_proj.shape[1], n, n), dim=-1)
+    dt, B, C = _project(dt, w.dt_proj).to(u.dtype), B.to(u.dtype), C.to(u.dtype)
     y = selective_scan(u, dt, w.A, B, C, w.D, z, w.dt_bias, dt_softplus=True, reverse=reverse, backend=backend)
     return y if scale == 1.0 else y * scale

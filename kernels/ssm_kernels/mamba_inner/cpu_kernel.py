@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from numba import carray
 
-from ..causal_conv1d.cpu_kernel import MAX_WIDTH, convolve, load_conv, lookahead, sign_of, silu
+from ..causal_conv1d.cpu_kernel import MAX_WIDTH, convolve, load_conv, lookahead, sign_of
 from ..cpu_threads import Worker
 from ..cpu_vectors import (
     FB,
@@ -38,7 +38,7 @@ from ..cpu_vectors import (
     neg,
     params_dtype,
     put,
-    sigmoid,
+    silu,
     softplus,
     splat,
     splat_half,
@@ -226,7 +226,7 @@ def finish_rows(a, rows, us, T, first, last, p_out, s_out, p_z, s_z, v_skip, m, 
         if last:
             if a.z:
                 v_z = load_row(p_z, m, spare)
-                v_y = mul(v_y, mul(v_z, sigmoid(v_z)))
+                v_y = mul(v_y, silu(v_z))
             v_y = mul(v_y, v_scale)
         store_row(p_out, v_y, m, spare)
         rows += ROW

@@ -9,14 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
+from ..arguments import (
+    autocast_dtype,
+    check_beside,
+    check_flag,
+    check_number,
+    check_tensor,
+    fail,
+    parameter_dtypes,
+    shape_of,
+)
 from ..dispatch import Backend, choose_backend, numba_why_not, triton_why_not
 from .reference import selective_scan_reference
 
 MAX_STATE_SIZE = 256
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def scan_triton_why_not(u: Tensor, n: int) -> str | None:
@@ -86,7 +94,9 @@ def selective_scan(
         RuntimeError: if the forced backend cannot run these tensors, with its reason.
     """
     op = 'selective_scan'
-    _check(op, (), u, dt, A, B, C, D, z, dt_bias)
+    check_flag(op, 'reverse', reverse)
+    check_flag(op, 'return_last_state', return_last_state)
+    _check(op, (), u, dt, A, B, C, D, z, dt_bias, dt_softplus)
     stacked = [None if x is None else x.unsqueeze(0) for x in (u, dt, A, B, C, D, dt_bias)]
     y, state = _run(op, backend, *stacked[:6], z, stacked[6], dt_softplus, reverse, 1.0)
     return (y, state.squeeze(0)) if return_last_state else y
@@ -129,7 +139,8 @@ def bidirectional_selective_scan(
         ValueError, RuntimeError: as :func:`selective_scan`.
     """
     op = 'bidirectional_selective_scan'
-    _check(op, (2,), u, dt, A, B, C, D, z, dt_bias)
+    check_number(op, 'scale', scale)
+    _check(op, (2,), u, dt, A, B, C, D, z, dt_bias, dt_softplus)
     return _run(op, backend, u, dt, A, B, C, D, z, dt_bias, dt_softplus, False, scale)[0]
 
 
@@ -162,7 +173,8 @@ def selective_scan_fn(
         ValueError: if a shape, dtype or device does not fit, naming the argument.
     """
     op = 'selective_scan_fn'
-    _check(op, (), u, delta, A, B, C, D, z, delta_bias, channels_first=True)
+    check_flag(op, 'return_last_state', return_last_state)
+    _check(op, (), u, delta, A, B, C, D, z, delta_bias, delta_softplus, channels_first=True)
     last = [None if x is None else x.transpose(1, 2) for x in (u, delta, z)]
     B, C = (x if x.dim() == 2 else x.movedim(-1, 1) for x in (B, C))
     y, state = selective_scan(
@@ -170,13 +182,6 @@ def selective_scan_fn(
     )
     y = y.transpose(1, 2).contiguous()
     return (y, state) if return_last_state else y
-
-
-def _autocast_dtype(u: Tensor) -> torch.dtype | None:
-    """What autocast makes of activations like u; None where it leaves them alone."""
-    if u.is_meta or u.dtype == torch.float64 or not torch.is_autocast_enabled(u.device.type):
-        return None
-    return torch.get_autocast_dtype(u.device.type)
 
 
 def _run(
@@ -195,7 +200,7 @@ def _run(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Dispatches K stacked directions: one shape of call for every backend."""
-    low = _autocast_dtype(u)
+    low = autocast_dtype(u)
     if low is not None:
         u, dt = u.to(low), dt.to(low)
         B, C = (x if x.dim() == 3 else x.to(low) for x in (B, C))
@@ -216,6 +221,7 @@ def _check(
     D: Tensor | None,
     z: Tensor | None,
     dt_bias: Tensor | None,
+    dt_softplus: bool,
     channels_first: bool = False,
 ) -> None:
     """Raises ValueError at the first argument that does not fit, with both shapes and what is legal."""
@@ -223,64 +229,53 @@ def _check(
     if channels_first:
         dt_name, bias_name, tokens_of_u = 'delta', 'delta_bias', '(B, D, L)'
 
-    def fail(name: str, problem: str) -> None:
-        raise ValueError(f'{op}: {name} {problem}')
-
-    def shape_of(x: Tensor) -> str:
-        return str(tuple(x.shape))
-
-    any_float = isinstance(u, Tensor) and _autocast_dtype(u) is not None
-    for name, x in (('u', u), (dt_name, dt), ('A', A), ('B', B), ('C', C), ('D', D), ('z', z), (bias_name, dt_bias)):
+    check_flag(op, 'delta_softplus' if channels_first else 'dt_softplus', dt_softplus)
+    check_tensor(op, 'u', u)
+    parameters = parameter_dtypes(u)
+    activations = (u.dtype,) if autocast_dtype(u) is None else parameters
+    for name, x in ((dt_name, dt), ('A', A), ('B', B), ('C', C), ('D', D), ('z', z), (bias_name, dt_bias)):
         if x is None and name in ('D', 'z', bias_name):
             continue
-        if not isinstance(x, Tensor):
-            fail(name, f'must be a tensor, got {type(x).__name__}')
-        if x.device != u.device:
-            fail(name, f'is on {x.device}, u is on {u.device}; all tensors must be on one device')
-        if x.dtype not in DTYPES:
-            fail(name, f'has dtype {x.dtype}; legal are {", ".join(map(str, DTYPES))}')
-        if x.dtype == u.dtype or (any_float and x.dtype != torch.float64):
-            continue
-        token_wise = name in (dt_name, 'z') or (name in ('B', 'C') and x.dim() > 2 + len(lead))
-        if token_wise or u.dtype == torch.float64 or x.dtype != torch.float32:
-            wanted = str(u.dtype) if token_wise else ' or '.join(dict.fromkeys((str(u.dtype), 'torch.float32')))
-            fail(name, f'has dtype {x.dtype}, u has {u.dtype}; {name} must be {wanted}')
+        per_token = name in (dt_name, 'z') or (name in ('B', 'C') and isinstance(x, Tensor) and x.dim() > 2 + len(lead))
+        check_beside(op, name, x, u, activations if per_token else parameters, 'u')
 
     K = ''.join(f'{size}, ' for size in lead)
     if u.dim() != 3 + len(lead) or u.shape[: len(lead)] != lead:
-        fail('u', f'has shape {shape_of(u)}, must be ({K}{tokens_of_u[1:]}')
-    if 0 in u.shape:
-        fail('u', f'has shape {shape_of(u)}; every size must be at least 1')
+        fail(op, 'u', f'has shape {shape_of(u)}, must be ({K}{tokens_of_u[1:]}')
     batch, length, dim = u.shape[len(lead) :]
     if channels_first:
         length, dim = dim, length
     if dt.shape != u.shape:
-        fail(dt_name, f'has shape {shape_of(dt)}, must equal that of u, {shape_of(u)}')
+        fail(op, dt_name, f'has shape {shape_of(dt)}, must equal that of u, {shape_of(u)}')
     if z is not None and z.shape != u.shape[len(lead) :]:
-        fail('z', f'has shape {shape_of(z)}, must be {tuple(u.shape[len(lead) :])} for u of shape {shape_of(u)}')
+        fail(op, 'z', f'has shape {shape_of(z)}, must be {tuple(u.shape[len(lead) :])} for u of shape {shape_of(u)}')
     if A.dim() != 2 + len(lead) or A.shape[:-1] != (*lead, dim):
-        fail('A', f'has shape {shape_of(A)}, must be ({K}{dim}, N) for u of shape {shape_of(u)}')
+        fail(op, 'A', f'has shape {shape_of(A)}, must be ({K}{dim}, N) for u of shape {shape_of(u)}')
     n = A.shape[-1]
     if not 1 <= n <= MAX_STATE_SIZE:
-        fail('A', f'has shape {shape_of(A)}: state size {n}, legal are 1 to {MAX_STATE_SIZE}')
+        fail(op, 'A', f'has shape {shape_of(A)}: state size {n}, legal are 1 to {MAX_STATE_SIZE}')
     for name, x in (('D', D), (bias_name, dt_bias)):
         if x is not None and x.shape != (*lead, dim):
-            fail(name, f'has shape {shape_of(x)}, must be {(*lead, dim)} for u of shape {shape_of(u)}')
+            fail(op, name, f'has shape {shape_of(x)}, must be {(*lead, dim)} for u of shape {shape_of(u)}')
     groups = {}
     for name, x in (('B', B), ('C', C)):
         fits = {
             2: (*lead, dim, n),
             3: (*lead, batch, n, length) if channels_first else (*lead, batch, length, n),
             4: (*lead, batch, -1, n, length) if channels_first else (*lead, batch, length, -1, n),
-        }.get(x.dim() - len(lead), ())
-        if len(fits) != x.dim() or any(want not in (-1, got) for want, got in zip(fits, x.shape, strict=True)):
+        }.get(x.dim() - len(lead))
+        if fits is None or any(want not in (-1, got) for want, got in zip(fits, x.shape, strict=True)):
             tail = f'{K}{batch}, {n}, {length}' if channels_first else f'{K}{batch}, {length}, {n}'
             grouped = f'{K}{batch}, G, {n}, {length}' if channels_first else f'{K}{batch}, {length}, G, {n}'
             legal = f'({K}{dim}, {n}), ({tail}) or ({grouped})'
-            fail(name, f'has shape {shape_of(x)}, must be {legal} for u of shape {shape_of(u)} and A of {shape_of(A)}')
+            fail(
+                op,
+                name,
+                f'has shape {shape_of(x)}, must be {legal} for u of shape {shape_of(u)} and A of {shape_of(A)}',
+            )
         if -1 in fits:
             groups[name] = x.shape[fits.index(-1)]
-            if groups[name] < 1 or dim % groups[name]:
-                fail(name, f'has shape {shape_of(x)}: {groups[name]} groups must divide the {dim} channels of u')
+            if dim % groups[name]:
+                fail(op, name, f'has shape {shape_of(x)}: {groups[name]} groups must divide the {dim} channels of u')
     if len(groups) == 2 and groups['B'] != groups['C'] and 1 not in groups.values():
-        fail('C', f'has {groups["C"]} groups, B has {groups["B"]}; they must be equal unless one of them is 1')
+        fail(op, 'C', f'has {groups["C"]} groups, B has {groups["B"]}; they must be equal unless one of them is 1')

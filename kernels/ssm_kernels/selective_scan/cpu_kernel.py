@@ -45,13 +45,14 @@ from ..cpu_vectors import (
     params_dtype,
     put,
     sigmoid,
+    silu,
+    silu_slope,
     softplus,
     splat,
     store,
     store_half,
     store_row,
     store_tile,
-    sub,
     take_ticket,
 )
 
@@ -177,7 +178,7 @@ def finish_rows(a, rows, T, first, last, p_u, s_u, p_out, s_out, p_z, s_z, v_ski
         if last:
             if a.z:
                 v_z = load_row(p_z, m, spare)
-                v_y = mul(v_y, mul(v_z, sigmoid(v_z)))
+                v_y = mul(v_y, silu(v_z))
             v_y = mul(v_y, v_scale)
         store_row(p_out, v_y, m, spare)
         rows += ROW
@@ -281,7 +282,7 @@ def fill_rows_backward(a, rows, T, p_u, s_u, p_dt, s_dt, p_g, s_g, p_z, s_z, v_b
         v_dy = mul(load_row(p_g, m, spare), v_scale)
         if a.z:
             v_z = load_row(p_z, m, spare)
-            v_dy = mul(v_dy, mul(v_z, sigmoid(v_z)))
+            v_dy = mul(v_dy, silu(v_z))
         store(rows + B_DL, v_dl)
         store(rows + B_DU, mul(v_dl, v_u))
         store(rows + B_DY, v_dy)
@@ -407,10 +408,8 @@ def finish_rows_backward(a, rows, T, first, k_row, s_row, p_u, s_u, p_g, s_g, p_
         store_row(a.ddt + k_row, v_ddt, m, spare)
         if a.z:
             v_z = load_row(p_z, m, spare)
-            v_s = sigmoid(v_z)
-            v_slope = mul(v_s, fma(v_z, sub(splat(1.0), v_s), splat(1.0)))
             v_y = fma(v_skip, v_u, load(rows + B_Y))
-            v_dz = mul(mul(mul(load_row(p_g, m, spare), v_scale), v_y), v_slope)
+            v_dz = mul(mul(mul(load_row(p_g, m, spare), v_scale), v_y), silu_slope(v_z))
             if not first:
                 v_dz = add(v_dz, load_row(a.dz + o_z, m, spare))
             store_row(a.dz + o_z, v_dz, m, spare)

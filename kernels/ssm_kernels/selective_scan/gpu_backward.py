@@ -91,8 +91,18 @@ def scan_backward_kernel(
             p_B = B + i_k * s_B[0] + i_b * s_B[1] + i_g * s_B[2] + row * S.B
             p_C = C + i_k * s_C[0] + i_b * s_C[1] + i_g * s_C[2] + row * S.C
             p_dy = dy + i_b * s_dy + row * S.dy
+            p_z = p_dy
+            if F.HAS_Z:
+                p_z = z + i_b * s_z + row * S.z
             o_out = (i_kb * L + row) * F.D
-            o_row = (i_kb * L + row) * F.T + i_t
+            p_du = du + o_out
+            p_ddt = ddt + o_out
+            p_dz = dz
+            if F.HAS_Z:
+                p_dz = dz + o_out
+            o_row = ((i_kb * L + row) * F.T + i_t) * F.N
+            p_dB = dB + (o_row if F.PACK_B else 0)
+            p_dC = dC + (o_row if F.PACK_C else 0)
             b_h = tl.load(states + (i_kb * n_states + block) * F.D * F.N + o_dn, mask=m_dn, other=0.0)
             for i_s in range(n_sub):
                 tl.store(p_scratch + i_s * F.BD * BN + o_s, b_h)
@@ -105,13 +115,14 @@ def scan_backward_kernel(
                     b_B = token_tile(p_B + o * S.B, o_d, o_n, tl.full([BN], i, tl.int32) < n_steps, m_dn, F.PACK_B, F)
                     b_h = exp2(b_dl[:, None] * b_A, F.FAST) * b_h + b_x[:, None] * b_B
             tl.debug_barrier()
+            b_end = b_h
             for i_s in range(n_sub):
                 i_0 = (n_sub - 1 - i_s) * STEPS
                 b_h = tl.load(p_scratch + (n_sub - 1 - i_s) * F.BD * BN + o_s)
                 hs = (b_h,)
                 dls = ()
                 us = ()
-                for j in tl.static_range(STEPS):
+                for j in tl.static_range(STEPS - 1):
                     o = right * (i_0 + j)
                     m = m_d & (tl.full([F.BD], i_0 + j, tl.int32) < n_steps)
                     b_dl = masked_step(p_dt + o * S.dt + o_d, b_bias, m, F)
@@ -122,25 +133,31 @@ def scan_backward_kernel(
                     hs = hs + (b_h,)
                     dls = dls + (b_dl,)
                     us = us + (b_u,)
+                hs = hs + (b_end,)
+                b_end = hs[0]
                 for j in tl.static_range(STEPS):
                     i = i_0 + STEPS - 1 - j
                     o = right * i
                     m = m_d & (tl.full([F.BD], i, tl.int32) < n_steps)
                     m_n = tl.full([BN], i, tl.int32) < n_steps
                     b_h = hs[STEPS - j]
-                    b_dl = dls[STEPS - 1 - j]
-                    b_u = us[STEPS - 1 - j]
+                    if j == 0:
+                        b_dl = masked_step(p_dt + o * S.dt + o_d, b_bias, m, F)
+                        b_u = load_float(p_u + o * S.u + o_d, m)
+                    else:
+                        b_dl = dls[STEPS - 1 - j]
+                        b_u = us[STEPS - 1 - j]
                     b_B = token_tile(p_B + o * S.B, o_d, o_n, m_n, m_dn, F.PACK_B, F)
                     b_C = token_tile(p_C + o * S.C, o_d, o_n, m_n, m_dn, F.PACK_C, F)
                     b_o = load_float(p_dy + o * S.dy + o_d, m) * scale
                     if F.HAS_Z:
-                        b_z = load_float(z + (i_b * s_z + (row + o) * S.z) + o_d, m)
+                        b_z = load_float(p_z + o * S.z + o_d, m)
                         b_sig = sigmoid(b_z, F.FAST)
                         b_y = tl.sum(b_C * b_h, axis=1)
                         if F.HAS_D:
                             b_y += b_D * b_u
                         b_dz = b_o * b_y * b_sig * (1.0 + b_z * (1.0 - b_sig))
-                        tl.store(dz + (o_out + o * F.D) + o_d, b_dz.to(dz.dtype.element_ty), mask=m)
+                        tl.store(p_dz + o * F.D + o_d, b_dz.to(dz.dtype.element_ty), mask=m)
                         b_o *= b_z * b_sig
                     b_oh = b_o[:, None] * b_h
                     b_g += b_o[:, None] * b_C
@@ -148,11 +165,11 @@ def scan_backward_kernel(
                     if F.PACK_C == 0:
                         b_dC += b_oh
                     else:
-                        tl.store(dC + (o_row + o * F.T) * F.N + o_n, tl.sum(b_oh, axis=0), mask=m_n & (o_n < F.N))
+                        tl.store(p_dC + o * (F.T * F.N) + o_n, tl.sum(b_oh, axis=0), mask=m_n & (o_n < F.N))
                     if F.PACK_B == 0:
                         b_dB += b_gx
                     else:
-                        tl.store(dB + (o_row + o * F.T) * F.N + o_n, tl.sum(b_gx, axis=0), mask=m_n & (o_n < F.N))
+                        tl.store(p_dB + o * (F.T * F.N) + o_n, tl.sum(b_gx, axis=0), mask=m_n & (o_n < F.N))
                     b_gB = tl.sum(b_g * b_B, axis=1)
                     b_g *= exp2(b_dl[:, None] * b_A, F.FAST)
                     b_q = b_g * hs[STEPS - 1 - j]
@@ -169,8 +186,8 @@ def scan_backward_kernel(
                         b_ddl *= sigmoid(b_dt, F.FAST)
                     b_ddl = tl.where(m, b_ddl, 0.0)
                     b_dbias += b_ddl
-                    tl.store(du + (o_out + o * F.D) + o_d, b_du.to(du.dtype.element_ty), mask=m)
-                    tl.store(ddt + (o_out + o * F.D) + o_d, b_ddl.to(ddt.dtype.element_ty), mask=m)
+                    tl.store(p_du + o * F.D + o_d, b_du.to(du.dtype.element_ty), mask=m)
+                    tl.store(p_ddt + o * F.D + o_d, b_ddl.to(ddt.dtype.element_ty), mask=m)
             tl.debug_barrier()
         i_part = i_kb * n_chunks + i_c
         tl.store(dA + i_part * F.D * F.N + o_dn, b_dA, mask=m_dn)
