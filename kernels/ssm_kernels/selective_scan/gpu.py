@@ -15,6 +15,7 @@ from .gpu_forward import RowStrides, Shape, chunk_state_kernel, pass_state_kerne
 
 BLOCK = 64  # tokens between two states kept for the backward pass
 MAX_REGISTERS = {32: 128, 64: 168}
+MAX_BACKWARD_REGISTERS = 255  # all there are: left alone, ptxas may aim at 128 for 4 warps, and spill
 BACKWARD_STEPS = 2  # states that the backward kernel holds in registers
 MIN_CHUNK = 32
 SINGLE_PASS_PROGRAMS = (
@@ -242,6 +243,7 @@ def _backward(
             dy, states, adjoint, scratch, du, ddt, dz, dB, dC, dA, dD, dbias, scale, x.B, x.L, block, per_chunk,
             n_chunks, n_states, n_items, n_programs, x.s_u, x.s_dt, x.s_A, x.s_B, x.s_C, x.s_D, x.s_z, x.s_bias,
             dy.stride(0), adjoint is not None, rows, shape, BN, steps, num_warps=warps, enable_fp_fusion=True,
+            **({'maxnreg': MAX_BACKWARD_REGISTERS} if shape.FAST else {}),
         )  # fmt: skip
 
     def total(partial: Tensor | None, like: Tensor | None) -> Tensor:

@@ -6,8 +6,9 @@ With g_l the gradient of the state h_l, a_l = exp(delta_l A) and o_l that of y_l
     d delta_l = sum_n g_l (B_l u_l + A a_l h_{l-1})                dA = sum_l g_l a_l h_{l-1} delta_l
 
 The forward pass keeps the state at the start of every block of CB tokens. Per block, from the last to the first, this
-kernel walks along the scan once and notes the state every STEPS tokens in scratch memory, then goes back: STEPS states
-at a time are computed anew, held in registers and used. A state is never recovered by dividing by a decay.
+kernel walks along the scan once and notes the state every STEPS tokens in scratch memory, then goes back: the STEPS - 1
+states between two notes are computed anew, held in registers and used. A state is never recovered by dividing by a
+decay.
 
 What a chunk passes to the chunk before it (in the order of the scan), g decayed over the chunk, comes from the kernels
 of the forward pass with ADJOINT. Sums over channels, for B and C, and over batch and chunks, for parameters, are
