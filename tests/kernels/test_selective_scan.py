@@ -426,7 +426,7 @@ BAD = {
     'u-rank': ({'u': (7, 6)}, r'u has shape \(7, 6\), must be \(B, L, D\)'),
     'u-empty-batch': ({'u': (0, 7, 6)}, r'u has shape \(0, 7, 6\); every size must be at least 1'),
     'A-channels': ({'A': (5, 4)}, r'A has shape \(5, 4\), must be \(6, N\) for u of shape \(2, 7, 6\)'),
-    'A-state-0': ({'A': (6, 0)}, 'state size 0, legal are 1 to 256'),
+    'A-state-0': ({'A': (6, 0)}, r'A has shape \(6, 0\); every size must be at least 1'),
     'A-state-257': ({'A': (6, 257)}, 'state size 257, legal are 1 to 256'),
     'B-tokens': ({'B': (2, 8, 4)}, r'B has shape \(2, 8, 4\), must be \(6, 4\), \(2, 7, 4\) or \(2, 7, G, 4\)'),
     'C-state': ({'C': (2, 7, 5)}, r'C has shape \(2, 7, 5\).* A of \(6, 4\)'),

@@ -252,7 +252,7 @@ def _check(
     if A.dim() != 2 + len(lead) or A.shape[:-1] != (*lead, dim):
         fail(op, 'A', f'has shape {shape_of(A)}, must be ({K}{dim}, N) for u of shape {shape_of(u)}')
     n = A.shape[-1]
-    if not 1 <= n <= MAX_STATE_SIZE:
+    if n > MAX_STATE_SIZE:
         fail(op, 'A', f'has shape {shape_of(A)}: state size {n}, legal are 1 to {MAX_STATE_SIZE}')
     for name, x in (('D', D), (bias_name, dt_bias)):
         if x is not None and x.shape != (*lead, dim):
