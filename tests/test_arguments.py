@@ -306,6 +306,7 @@ def test_it_is_refused_by_name(build, name, argument, changes):
         (dict(decay_rate='x'), 'decay_rate'),
         (dict(decay_rate=1.1), 'decay_rate'),
         (dict(decay_rate=0.5, decay_scope='x'), 'decay_scope'),
+        (dict(no_decay='all'), 'no_decay'),
         (dict(decay_scope='embedding'), 'decay_scope'),
         (dict(norm_decay_mult='x'), 'norm_decay_mult'),
         (dict(bias_decay_mult=-1), 'bias_decay_mult'),
@@ -329,5 +330,7 @@ def test_keys_of_paramwise_cfg_are_refused_by_name(paramwise, named):
 def test_the_keys_of_paramwise_cfg_are_those():
     from mmvim.engine.layer_decay import KEYS
 
-    rows = {'decay_rate', 'decay_scope', 'norm_decay_mult', 'bias_decay_mult', 'flat_decay_mult', 'custom_keys'}
+    rows = {
+        'decay_rate', 'decay_scope', 'no_decay', 'norm_decay_mult', 'bias_decay_mult', 'flat_decay_mult', 'custom_keys',
+    }  # fmt: skip
     assert rows == KEYS

@@ -88,7 +88,7 @@ SHOWN = {
 }
 WITHOUT_EFFECT = {
     VisionMamba: (
-        VIM,
+        dict(VIM, directions='sequence'),
         dict(
             reverse_prob=0.9,
             drop_rate=0.5,

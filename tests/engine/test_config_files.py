@@ -62,7 +62,7 @@ STALE = [
     (COCO, 'max_iters = 10', 'max_iters=10', 'train_cfg.max_iters'),
     (COCO, "train_pipeline = [dict(type='PackDetInputs')]", None, 'train_dataloader.dataset.pipeline'),
     (COCO, 'test_pipeline = []', None, 'val_dataloader.dataset.pipeline'),
-    (COCO, 'norm_cfg = dict()', None, 'model.neck.norm_cfg'),
+    (COCO, 'norm_cfg = dict(eps=1e-5)', None, 'model.neck.norm_cfg'),
     (COCO, "classes = ('a', 'b')", 'classes="[a,b]"', None),
     (COCO, 'frobnicate = 1', 'frobnicate=1', None),
     (ADE, 'embed_dims = 768', 'embed_dims=768', 'model.neck.embed_dim'),
