@@ -14,7 +14,8 @@ from mmengine.config import Config
 from mmengine.runner import Runner
 
 import mmvim
-from mmvim.errors import ConfigError
+from mmvim.engine.complete import COMPLETED_KEYS, complete_config, completed_keys
+from mmvim.errors import ConfigError, InputError
 
 RUNNER_KEYS = (set(inspect.signature(Runner.__init__).parameters) - {'self', 'cfg'}) | {
     'activation_checkpointing', 'compile', 'custom_imports', 'efficient_conv_bn_eval', 'find_unused_parameters',
@@ -146,6 +147,15 @@ def follow_validation(cfg: Config, files: list[ConfigFile]) -> None:
                 cfg[test] = deepcopy(cfg[val])
 
 
+def _completed_by(path: str) -> set[str]:
+    """Keys that completion reads of a file alone: a child or an option may have set what they would have filled."""
+    cfg = Config.fromfile(path, import_custom_modules=False)
+    try:
+        return completed_keys(cfg, complete_config(deepcopy(cfg)))
+    except InputError:
+        return COMPLETED_KEYS
+
+
 def check_read(cfg: Config, files: list[ConfigFile], read_keys: Iterable[str]) -> None:
     """Refuse a file whose top-level key nothing reads, unless it only says again what it inherits.
 
@@ -154,7 +164,7 @@ def check_read(cfg: Config, files: list[ConfigFile], read_keys: Iterable[str]) -
     """
     for key, file in unread(files, read_keys):
         inherited = _value(file.bases, key)
-        if inherited is not None and inherited == _value([file.path], key):
+        if (inherited is not None and inherited == _value([file.path], key)) or key in _completed_by(file.path):
             continue
         places = places_of(cfg, key, inherited)
         hint = f'set {" and ".join(places[:4])} instead' if places else 'delete it'

@@ -128,6 +128,15 @@ def test_keys_that_are_read_are_left_alone(child, base, text):
     load(child(base, text))
 
 
+def test_what_a_child_or_an_option_sets_itself_does_not_make_its_bases_wrong(child):
+    """The base's `max_iters` would have filled `train_cfg.max_iters`."""
+    camvid = 'vim/upernet_vim-ti_camvid-240x180.py'
+    assert load(str(CONFIGS / camvid), 'train_cfg.max_iters=2').train_cfg.max_iters == 2
+    assert load(child(camvid, 'train_cfg = dict(max_iters=3)')).train_cfg.max_iters == 3
+    mine = child(camvid, 'max_iters = 4')
+    assert load(mine, 'train_cfg.max_iters=5').train_cfg.max_iters == 5
+
+
 def test_a_helper_for_files_that_inherit_is_read(child):
     child(COCO, 'num = 3\nname = "x"\nother = 1')
     text = "model = dict(roi_head=dict(num_classes=_base_.num))\nwork_dir = _base_['name']\n"
