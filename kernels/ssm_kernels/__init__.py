@@ -17,13 +17,16 @@ from .selective_scan import bidirectional_selective_scan, selective_scan, select
 _TABLES = tuple(room.BACKENDS for room in (_add_rms_norm, _causal_conv1d, _mamba_inner, _selective_scan))
 
 
-def load_backends() -> None:
-    """Import every backend that can run on a device of this machine, before the first call of an op.
+def load_backends(backend: str | None = None) -> None:
+    """Import a backend, or all that can run on a device of this machine, before the first call of an op.
 
     Models do so when they are built: under torch.export of PyTorch 2.10, which replaces functions of Python's math
-    while it traces, Numba cannot be imported.
+    while it traces, Numba cannot be imported. What cannot be imported at all is left to the call that needs it.
+
+    Args:
+        backend: what the ops will be called with.
     """
-    load_tables(_TABLES)
+    load_tables(_TABLES, backend)
 
 
 __all__ = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any, NoReturn
 
 import torch
@@ -70,7 +71,7 @@ def check_number(op: str, name: str, value: Any, least: float = -math.inf) -> No
     """Raises ValueError unless value is a finite int or float, and at least ``least``."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         fail(op, name, f'must be a number, got {value!r}')
-    if not least <= value < math.inf or value == -math.inf:
+    if not least <= value or not abs(value) <= sys.float_info.max:
         fail(op, name, f'is {value}, must be {"" if least == -math.inf else f"at least {least:g} and "}finite')
 
 

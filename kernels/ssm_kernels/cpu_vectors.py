@@ -54,6 +54,7 @@ T_MIN, T_MAX = -126.0, 128.0  # 2^T_MIN is the smallest normal number, 2^T_MAX t
 
 
 INT = types.int64
+F32_MAX = float(np.finfo(np.float32).max)
 
 
 def params_dtype(words: str) -> np.dtype:
@@ -396,11 +397,15 @@ def store_row(address, x, m, spare):
 
 @function
 def load_tile(tile, source, m, N, factor):
-    """Transposes m rows of N floats into N rows of LANES; lanes beyond m are 0."""
+    """Transposes m rows of N floats into N rows of LANES; lanes beyond m are 0, and what is finite stays so."""
     for n in range(N):
         store(tile + VB * n, splat(0.0))
         for i in range(m):
-            put(tile + VB * n + FB * i, np.float32(get(source + FB * (i * N + n)) * factor))
+            x = get(source + FB * (i * N + n))
+            y = x * factor
+            if abs(x) <= F32_MAX:
+                y = min(max(y, -F32_MAX), F32_MAX)
+            put(tile + VB * n + FB * i, np.float32(y))
 
 
 @function

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -77,11 +78,12 @@ def numba_why_not(x: Tensor, n: int) -> str | None:
     return None
 
 
-def load_tables(tables: Sequence[Sequence[Backend]]) -> None:
-    """Import the backends of some ops that can run on a device of this machine."""
+def load_tables(tables: Sequence[Sequence[Backend]], name: str | None) -> None:
+    """Import the backends of some ops that can run on a device of this machine, or those of one name."""
     gpu = torch.cuda.is_available() or torch.xpu.is_available()
     wanted = {'torch': True, 'numba': not missing_package('numba'), 'triton': gpu and not missing_package('triton')}
     for table in tables:
         for backend in table:
-            if wanted[backend.name]:
-                backend.load()
+            if wanted[backend.name] and name in (None, backend.name):
+                with suppress(ImportError):
+                    backend.load()

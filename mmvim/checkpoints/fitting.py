@@ -201,8 +201,8 @@ def _before_load(
     if report.refused or report.differing:
         print_log(
             f'{type(module).__name__}: check the settings that the weights{source} were trained with: '
-            f'{"; ".join(report.refused + report.differing)}. Results of the file need its settings, training on from '
-            'it does not',
+            f'{"; ".join(report.refused + report.differing)}. With other settings the weights do not do what they were '
+            'trained to do; only a run that trains them further may change settings on purpose',
             logger='current',
             level=logging.WARNING,
         )

@@ -79,7 +79,7 @@ MIXED = CALLS | {
 
 
 def test_every_public_op_is_here():
-    assert set(CALLS) == set(ssm_kernels.__all__) - {'DirectionWeights'}
+    assert set(CALLS) == set(ssm_kernels.__all__) - {'DirectionWeights', 'load_backends'}
 
 
 # ---- mixes of dtypes ----
@@ -149,6 +149,27 @@ def test_promised_mixes_of_dtypes(name, mix, dtype, backend):
         assert error(ours, want) <= most, i
 
 
+@pytest.mark.parametrize('backend', BACKENDS)
+@pytest.mark.parametrize('directions', [1, 2])
+@pytest.mark.parametrize('low, other', [(torch.bfloat16, torch.float16), (torch.float16, torch.bfloat16)], ids=str)
+def test_weights_of_the_other_half_precision_under_autocast(low, other, directions, backend):
+    x = inner(directions)
+    halves, same = (
+        [DirectionWeights(*(None if t is None else t.to(other).to(dtype) for t in w)) for w in x['weights']]
+        for dtype in (other, torch.float32)
+    )
+    exact = mamba_inner(**(x | {'weights': same}))
+    with torch.autocast('cpu', dtype=low):
+        with torch.no_grad():
+            inference = mamba_inner(**(x | {'weights': halves}), backend=backend)
+        leaf = x['x'].requires_grad_()
+        training = mamba_inner(**(x | {'weights': halves}), backend=backend)
+    assert inference.dtype == training.dtype == low
+    for got in (inference, training):
+        assert error(got, exact.double()) <= 8 * torch.finfo(torch.bfloat16).eps
+    assert torch.autograd.grad(training.float().sum(), leaf)[0].isfinite().all()
+
+
 @pytest.mark.parametrize('name', ['conv_bias', 'D', 'dt_bias'])
 @pytest.mark.parametrize('k', [0, 1])
 @pytest.mark.parametrize('backend', BACKENDS)
@@ -180,7 +201,7 @@ OPTIONAL = ('bias', 'D', 'z', 'dt_bias', 'delta_bias', 'residual')
 BAD = {
     **dict.fromkeys(('reverse', 'dt_softplus', 'delta_softplus', 'return_last_state'), FLAGS),
     'scale': NUMBERS,
-    'eps': [*NUMBERS, -1e-5],
+    'eps': [*NUMBERS, -1e-5, 10**400],
     'activation': NAMES,
     'padding': [*NAMES, None],
     'backend': NAMES,

@@ -33,7 +33,7 @@ CASES = {
     'vim-double': lambda: vim(cls_token='double'),
     'vim-dense': lambda: vim(cls_token=None, out_type='featmap', rotary='both', out_indices=(0, 1)),
     'deit-token': lambda: deit(),
-    'deit-windows': lambda: deit(with_cls_token=False, out_type='featmap', window_size=3, global_attn_indexes=(1,)),
+    'deit-windows': lambda: deit(with_cls_token=False, out_type='featmap', window_size=4, global_attn_indexes=(1,)),
     'hier-vim': lambda: HierVim(HIER_VIM),
     'mambavision': lambda: mambavision(),
 }
@@ -63,8 +63,9 @@ MORE = {
     'mambavision-classifier': lambda: mambavision(out_type='avg_featmap'),
     'mambavision-fitted': lambda: mambavision(fit_windows=True),
 }
-# from one window to several, padded and not; the first is the size of the position table
-SIZES = ((1, 64, 64), (3, 96, 160), (2, 192, 64))
+# from one window to several, padded and not, and more tokens than a chunk of the scan; the first is the size of the
+# position table
+SIZES = ((1, 64, 64), (3, 96, 160), (2, 192, 96))
 
 
 @pytest.mark.parametrize(
@@ -77,14 +78,29 @@ def test_free_batch_height_and_width(case):
     stride = 8 if case == 'vim-stride8' else 32 if case.startswith(('hier', 'mambavision')) else 16
     batch, rows, columns = (torch.export.Dim(name, min=low, max=64) for name, low in (('n', 1), ('h', 2), ('w', 2)))
     example = torch.randn(2, 3, 128, 96)
-    with torch.no_grad():
+    with torch.set_grad_enabled(case in CASES):  # with gradients the scan keeps states as well
         program = torch.export.export(
             model, (example,), dynamic_shapes=({0: batch, 2: stride * rows, 3: stride * columns},)
         )
+    with torch.no_grad():
         exported = program.module()
         for size in SIZES:
             image = torch.randn(size[0], 3, *size[1:])
             for ours, want in zip(exported(image), model(image), strict=True):
+                torch.testing.assert_close(ours, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning')
+@pytest.mark.parametrize('case', CASES)
+def test_a_trace_leaves_the_batch_free(case):
+    """torch.jit.trace keeps the image size; sizes are tensors while it runs."""
+    torch.manual_seed(0)
+    model = CASES[case]().eval()
+    with torch.no_grad():
+        for size in ((64, 64), (96, 64)):
+            traced = torch.jit.trace(model, torch.randn(2, 3, *size), check_trace=False)
+            image = torch.randn(3, 3, *size)
+            for ours, want in zip(traced(image), model(image), strict=True):
                 torch.testing.assert_close(ours, want, rtol=1e-4, atol=1e-5)
 
 

@@ -69,7 +69,7 @@ def test_an_image_smaller_than_the_stem():
 def test_windows_there_and_back(size, window, fit):
     x = torch.arange(2 * 3 * size[0] * size[1], dtype=torch.float32).reshape(2, 3, *size) + 1
     shape = window_shape(size, window, fit)
-    tokens = to_windows(x, shape)
+    tokens = to_windows(x, shape, size)
     assert torch.equal(from_windows(tokens, shape, 2, size), x)
     assert (tokens != 0).sum() == x.numel()
     rows, columns = (-(-side // window) for side in size)
@@ -244,7 +244,7 @@ def test_stochastic_depth_takes_part_in_dense_use_and_drops_whole_images():
     block = model.levels[2].blocks[0]
     assert isinstance(block.drop_path, DropPath) and block.drop_path.drop_prob == pytest.approx(0.125)
     block.drop_path.drop_prob = 0.5
-    tokens = to_windows(x[:1], (3, 3)).repeat(64, 1, 1)
+    tokens = to_windows(x[:1], (3, 3), x.shape[2:]).repeat(64, 1, 1)
     change = (block(tokens, 64) - tokens).flatten(1).norm(dim=1).view(64, 4)
     kinds = {tuple((row > 0).tolist()) for row in change}
     assert kinds == {(True,) * 4, (False,) * 4}

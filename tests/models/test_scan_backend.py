@@ -1,5 +1,8 @@
 """``scan_backend`` chooses the backend of every operator of ssm_kernels that a model runs."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -48,3 +51,16 @@ def test_one_switch_for_all_operators(name, training):
     assert called['torch'] == set()
     assert called['numba'] and all('numba' in operator for operator in called['numba'])
     assert not name.startswith('vim') or any('add_rms_norm' in operator for operator in called['numba'])
+
+
+def test_the_safe_way_needs_no_numba(tmp_path):
+    """One that cannot be imported is missed by the call that needs it only."""
+    (tmp_path / 'numba.py').write_text("raise ImportError('Numba needs another NumPy')")
+    code = (
+        f'import sys; sys.path.insert(0, {str(tmp_path)!r}); import torch; from mmvim.models import VisionMamba;'
+        'build = lambda backend: VisionMamba(dict(embed_dims=16, depth=1), scan_backend=backend);'
+        'run = lambda backend: build(backend)(torch.zeros(1, 3, 32, 32));'
+        "run('torch'); print('safe'); run(None)"
+    )
+    result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=300)
+    assert result.stdout == 'safe\n' and 'ImportError: Numba needs another NumPy' in result.stderr

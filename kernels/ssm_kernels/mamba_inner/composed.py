@@ -30,7 +30,7 @@ def mamba_inner_composed(
     """One convolution, one product with x_proj and dt_proj, and one scan for all directions; see ``mamba_inner``."""
     if len(weights) == 1:
         return _one(x, z, weights[0], scale, reverse, padding, backend)
-    conv, conv_bias, x_proj, dt_proj, A, D, dt_bias = (_stack(ws) for ws in zip(*weights, strict=True))
+    conv, conv_bias, x_proj, dt_proj, A, D, dt_bias = (_stack(x, ws) for ws in zip(*weights, strict=True))
     u = bidirectional_causal_conv1d(x, conv, conv_bias, backend=backend)
     rank, n = dt_proj.shape[2], A.shape[2]
     rows = _project(u.flatten(1, 2), x_proj)
@@ -40,18 +40,21 @@ def mamba_inner_composed(
     return bidirectional_selective_scan(u, dt, A, B, C, D, z, dt_bias, dt_softplus=True, scale=scale, backend=backend)
 
 
-def _stack(weights: Sequence[Tensor | None]) -> Tensor | None:
+def _stack(x: Tensor, weights: Sequence[Tensor | None]) -> Tensor | None:
     """One weight of both directions; where only one direction has it, that of the other one is zero."""
     some = next((w for w in weights if w is not None), None)
-    return None if some is None else torch.stack([torch.zeros_like(some) if w is None else w for w in weights])
+    if some is None:
+        return None
+    weights = [torch.zeros_like(some) if w is None else w for w in weights]
+    if autocast_dtype(x) is not None:  # which refuses to stack float16 where it makes bfloat16, and the reverse
+        weights = [w.float() for w in weights]
+    return torch.stack(weights)
 
 
 def _project(x: Tensor, weight: Tensor) -> Tensor:
     """x times the transpose of weight, in the wider of both dtypes, or in autocast's."""
-    if autocast_dtype(x) is None:
-        wide = torch.promote_types(x.dtype, weight.dtype)
-        x, weight = x.to(wide), weight.to(wide)
-    return x @ weight.mT
+    dtype = autocast_dtype(x) or torch.promote_types(x.dtype, weight.dtype)
+    return x.to(dtype) @ weight.to(dtype).mT
 
 
 def _one(

@@ -62,7 +62,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     x = _Inputs(u, dt, A, B, C, D, z, dt_bias, dt_softplus, reverse, scale)
     out, last = empty(x.B, x.L, x.D), empty(x.K, x.B, x.D, x.N)
-    states = empty(x.K, x.B, x.chunks, x.N, x.D) if save_states else empty(0)
+    states = empty(x.K * x.B * x.chunks * x.N * x.D if save_states else 0)
     fields = x.fields | dict(
         out=out.data_ptr(), last=last.data_ptr(), save=save_states, states=states.data_ptr() if save_states else 0
     )
@@ -138,7 +138,8 @@ def _forward_fake(u, dt, A, B, C, D, z, dt_bias, dt_softplus, reverse, scale, sa
     return (
         u.new_empty(batch, L, dim),
         u.new_empty(K, batch, dim, N, dtype=torch.float32),
-        u.new_empty(*((K, batch, chunks, N, dim) if save_states else (0,)), dtype=torch.float32),
+        # of one dimension: an export with free lengths would settle whether there is one chunk
+        u.new_empty(K * batch * chunks * N * dim if save_states else 0, dtype=torch.float32),
     )
 
 

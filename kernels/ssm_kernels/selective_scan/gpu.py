@@ -151,7 +151,7 @@ def _forward(
             n_chunks, n_states, x.s_u, x.s_dt, x.s_A, x.s_B, x.s_C, x.s_D, x.s_z, x.s_bias, n_chunks > 1, save,
             x.rows, shape, _unroll(shape), **_options(shape),
         )  # fmt: skip
-    return y, last, states if save else states.new_empty(0)
+    return y, last, states.flatten() if save else states.new_empty(0)
 
 
 def _unroll(shape: Shape) -> int:
@@ -211,7 +211,7 @@ def _backward(
     if warps > 8:  # 16 warps could have 128 registers a thread only, and would spill
         warps, steps = 8, 1
     block, per_chunk = plan_chunks(x.L, x.K * x.B * shape.T, BLOCK)
-    n_states = states.shape[2]
+    n_states = -(-x.L // block)
     n_chunks = -(-n_states // per_chunk)
     n_items = shape.T * n_chunks * x.B * x.K
     n_programs = -(-n_items // -(-n_items // MAX_BACKWARD_PROGRAMS))
@@ -270,11 +270,12 @@ _OPTIONS = 'bool dt_softplus, bool reverse, float scale'
 
 def _forward_fake(u, dt, A, B, C, D, z, dt_bias, dt_softplus, reverse, scale, save_states):
     K, batch, length, dim = u.shape
-    states = (K, batch, (length + BLOCK - 1) // BLOCK, dim, A.shape[-1]) if save_states else (0,)
+    # of one dimension: an export with free lengths would settle whether there is one block
+    states = K * batch * ((length + BLOCK - 1) // BLOCK) * dim * A.shape[-1] if save_states else 0
     return (
         u.new_empty(batch, length, dim),
         u.new_empty(K, batch, dim, A.shape[-1], dtype=torch.float32),
-        u.new_empty(*states, dtype=torch.float32),
+        u.new_empty(states, dtype=torch.float32),
     )
 
 

@@ -193,7 +193,7 @@ class Level(nn.Module):
             return self._run(x)
         size = x.shape[-2:]
         window = window_shape(size, self.window, self.fit_windows)
-        return from_windows(self._run(to_windows(x, window), x.shape[0]), window, x.shape[0], size)
+        return from_windows(self._run(to_windows(x, window, size), x.shape[0]), window, x.shape[0], size)
 
     def _run(self, *inputs: Tensor | int) -> Tensor:
         x, *images = inputs

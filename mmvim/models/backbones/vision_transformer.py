@@ -103,7 +103,7 @@ class TransformerBlock(nn.Module):
         if not self.window_size:
             return self.attn(x)
         window = (self.window_size, self.window_size)
-        windows = to_windows(x.transpose(1, 2).unflatten(2, grid), window)
+        windows = to_windows(x.transpose(1, 2).unflatten(2, grid), window, grid)
         return from_windows(self.attn(windows), window, x.shape[0], grid).flatten(2).transpose(1, 2)
 
 

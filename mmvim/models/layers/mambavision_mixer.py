@@ -50,7 +50,7 @@ class MambaVisionMixer(nn.Module):
         scan_backend: str | None = None,
     ) -> None:
         super().__init__()
-        load_backends()
+        load_backends(scan_backend)
         check_choice('conv', conv, CONVS)
         check_choice('merge', merge, MERGES)
         check_choice('dt_init', dt_init, DT_INITS)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from mmvim.models.layers.precision import at_least_float32
-from mmvim.models.layers.shapes import surely_equal
+from mmvim.models.layers.shapes import surely, surely_equal
 
 # B batch, H x W image, h x w grid of patches, D width
 
@@ -35,7 +35,13 @@ class PatchEmbed(nn.Module):
 
     def grid_size(self, height: int, width: int) -> tuple[int, int]:
         """Grid (h, w) of an image of height x width pixels."""
-        return tuple(max(-(-(side - self.patch_size) // self.patch_stride), 0) + 1 for side in (height, width))
+        return tuple(self._patches(side) for side in (height, width))
+
+    def _patches(self, side: int) -> int:
+        beyond = side - self.patch_size
+        if not surely(beyond >= 0):
+            beyond = max(beyond, 0)
+        return (beyond + self.patch_stride - 1) // self.patch_stride + 1
 
     def forward(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Image (B, C, H, W) -> tokens (B, h*w, D) in row-major order, and the grid (h, w)."""

@@ -50,7 +50,7 @@ class VimMixer(nn.Module):
         scan_backend: str | None = None,
     ) -> None:
         super().__init__()
-        load_backends()
+        load_backends(scan_backend)
         check_choice('directions', directions, DIRECTIONS)
         self.directions = directions
         self.scan_backend = scan_backend

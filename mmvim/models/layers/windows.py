@@ -23,13 +23,19 @@ def window_shape(size: tuple[int, int], window: int, fit: bool) -> tuple[int, in
     return height, width
 
 
-def to_windows(x: Tensor, window: tuple[int, int]) -> Tensor:
-    """Map (B, C, H, W), padded with zeros on the right and at the bottom -> tokens (B*K, h*w, C), all row-major."""
-    (h, w), (height, width) = window, x.shape[-2:]
-    rows, columns = _counts(window, (height, width))
+def to_windows(x: Tensor, window: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """Map (B, C, H, W), padded with zeros on the right and at the bottom -> tokens (B*K, h*w, C), all row-major.
+
+    Args:
+        x: the map.
+        window: height and width of a window.
+        size: H and W; an export with free sizes may know them in a simpler form than as sizes of the map.
+    """
+    (h, w), (height, width) = window, size
+    rows, columns = _counts(window, size)
     x = x.permute(0, 2, 3, 1)
     if torch.compiler.is_exporting():
-        return _gather_windows(x, window)
+        return _gather_windows(x, window, size)
     if (height, width) != (rows * h, columns * w):
         x = F.pad(x, (0, 0, 0, columns * w - width, 0, rows * h - height))
     x = x.reshape(x.shape[0], rows, h, columns, w, x.shape[-1]).transpose(2, 3)
@@ -57,9 +63,8 @@ def _counts(window: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
 # Indices compute the same and leave it open.
 
 
-def _gather_windows(x: Tensor, window: tuple[int, int]) -> Tensor:
-    (h, w), (height, width) = window, x.shape[1:3]
-    rows, columns = _counts(window, (height, width))
+def _gather_windows(x: Tensor, window: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    (h, w), (height, width), (rows, columns) = window, size, _counts(window, size)
     count = torch.arange(x.shape[0] * rows * columns, device=x.device)[:, None]
     place = torch.arange(h * w, device=x.device)[None]
     image, k = count // (rows * columns), count % (rows * columns)
