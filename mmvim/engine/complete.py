@@ -208,10 +208,11 @@ def _set_num_classes(part: dict, count: int, before: int | None, path: str, is_l
         if part.get('num_classes') == before is not None:
             part['num_classes'] = count
         _set_class_weight(part, count, before, path)
-    elif 'num_stuff_classes' in part:
-        if part['num_stuff_classes']:
+    elif 'num_stuff_classes' in part or 'num_things_classes' in part:
+        stuff = part.get('num_stuff_classes')  # left out, it is the head's default, not 0
+        if stuff != 0:
             raise ConfigError(
-                f'{path}.num_stuff_classes={part["num_stuff_classes"]}, but the data set has objects only: set it to 0 '
+                f'{path}.num_stuff_classes={stuff}, but the data set has objects only: set it to 0 '
                 'as in mask2former_r50_8xb2-lsj-50e_coco.py of MMDetection, or use a panoptic data set'
             )
         before, part['num_things_classes'] = part.get('num_things_classes'), count

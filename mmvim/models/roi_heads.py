@@ -14,6 +14,7 @@ from mmengine.model import ModuleList
 from mmengine.structures import InstanceData
 from torch import Tensor
 
+from mmvim.compat.types import kind_of
 from mmvim.models.layers.arguments import check_flags, check_numbers
 from mmvim.registry import MODELS, TASK_UTILS
 
@@ -268,7 +269,7 @@ def _with_coder(head: dict, stage: int, its_own: bool) -> dict:
     """A copy of a box head with the box coder of a stage; one that was given for all stages is that of the first."""
     head = copy.deepcopy(head)
     given = head.get('bbox_coder') or {}
-    coder = {**(FIRST_CODER if given.get('type', FIRST_CODER['type']) == FIRST_CODER['type'] else {}), **given}
+    coder = {**(FIRST_CODER if kind_of(given) in ('', FIRST_CODER['type']) else {}), **given}
     if 'target_stds' in coder and not (its_own and 'target_stds' in given):
         coder['target_stds'] = [std / (stage + 1) for std in coder['target_stds']]
     head['bbox_coder'] = coder
@@ -293,6 +294,8 @@ def _stage_cfgs(
             if not isinstance(cfg.get(part), dict):
                 raise ValueError(f'{key}.{part} must be a dict, got {cfg.get(part)!r}')
         if listed and thresholds is None:
+            if kind_of(cfg['assigner']) == 'MaxIoUAssigner' and 'pos_iou_thr' not in cfg['assigner']:
+                raise ValueError(f'{key}.assigner has no pos_iou_thr: set it, or roi_head.iou_thresholds')
             continue
         iou = (thresholds or IOU_THRESHOLDS)[stage]
         given = cfg['assigner'].get('pos_iou_thr', iou)

@@ -108,6 +108,9 @@ def test_a_panoptic_head_without_stuff_counts_things_and_one_with_stuff_is_refus
         model = get_config(f'mmdet::{name}').model
         with pytest.raises(ConfigError, match=r'num_stuff_classes=53, but the data set has objects only: set it to 0'):
             set_num_classes(model, 7)
+    left_out = ConfigDict(panoptic_head=dict(type='MaskFormerHead', num_things_classes=80))
+    with pytest.raises(ConfigError, match=r'panoptic_head\.num_stuff_classes=None, .* set it to 0'):
+        set_num_classes(left_out, 7)
 
 
 def test_weights_of_classes_follow_if_they_are_alike():

@@ -440,6 +440,11 @@ def test_operations_at_224_are_the_published_ones(arch, published):
         (dict(mixer_conv='full'), "mixer_conv must be one of .*'same', 'causal'"),
         (dict(mixer_merge='sum'), 'mixer_merge must be one of'),
         (dict(dt_init='zero'), 'dt_init must be one of'),
+        (dict(attention='all', mixer_conv='causal'), "attention='all' leaves no mixer for mixer_conv: leave it out"),
+        (
+            dict(attention=1, dt_init='mamba', mixer_merge='gate'),
+            'attention=1 leaves no mixer for mixer_merge, dt_init',
+        ),
         (dict(drop_path_rate=1.0), 'drop_path_rate'),
         (dict(drop_path_rate='a'), r"drop_path_rate must be in \[0, 1\), got 'a'"),
         (dict(frozen_stages=5), 'frozen_stages must be in -1 to 4'),

@@ -98,6 +98,7 @@ def test_what_cannot_be_taken_is_refused_by_name(model_cfg, roi_head, expected):
         (dict(OPEN, num_stages=3), [STAGE] * 2, r'num_stages is 3, train_cfg has 2'),
         (dict(OPEN, iou_thresholds=(0.4, 0.6)), [STAGE] * 2, r'train_cfg\.1\.assigner\.pos_iou_thr=0\.4 contradicts'),
         (dict(OPEN, resample=False), [STAGE] * 2, r'train_cfg\.1\.sampler contradicts resample=False'),
+        (OPEN, [dict(STAGE, assigner=dict(type='MaxIoUAssigner'))] * 3, r'train_cfg\.0\.assigner has no pos_iou_thr'),
     ],
 )
 def test_what_contradicts_the_training_of_stages_is_refused(model_cfg, roi_head, rcnn, expected):
@@ -143,6 +144,14 @@ def test_a_box_coder_of_all_stages_is_that_of_the_first(model_cfg):
     head = MODELS.build(model_cfg).roi_head
     assert [h.bbox_coder.stds for h in head.bbox_head] == [pytest.approx([0.6 / k] * 4) for k in (1, 2, 3)]
     assert [(a.pos_iou_thr, a.neg_iou_thr) for a in head.bbox_assigner] == [(0.5, 0.4), (0.6, 0.4), (0.7, 0.4)]
+
+
+@pytest.mark.parametrize('scope', ['', 'mmdet.'])
+def test_a_box_coder_without_spread_has_the_usual_one(model_cfg, scope):
+    model_cfg.roi_head.bbox_head.bbox_coder = dict(type=f'{scope}DeltaXYWHBBoxCoder', clip_border=False)
+    head = MODELS.build(model_cfg).roi_head
+    assert [h.bbox_coder.stds[0] for h in head.bbox_head] == [pytest.approx(0.1 / k) for k in (1, 2, 3)]
+    assert not any(h.bbox_coder.clip_border for h in head.bbox_head)
 
 
 def samples(count, size=128):

@@ -337,6 +337,17 @@ class MambaVision(BaseModule):
         window_sizes = four_numbers('window_sizes', window_sizes, 'level')
         check_numbers(in_channels=in_channels)
         check_flags(fit_windows=fit_windows, mixer_symmetric=mixer_symmetric, norm_eval=norm_eval, with_cp=with_cp)
+        changed = dict(
+            mixer_conv=mixer_conv != 'same',
+            mixer_symmetric=not mixer_symmetric,
+            mixer_merge=mixer_merge != 'concat',
+            dt_init=dt_init != 'published',
+        )
+        if attention in ('all', 1) and any(changed.values()):
+            unused = ', '.join(name for name in changed if changed[name])
+            raise ValueError(
+                f'attention={attention!r} leaves no mixer for {unused}: leave it out, or set another attention'
+            )
         check_rates(drop_path_rate=drop_path_rate)
         check_frozen_stages(frozen_stages, NUM_LEVELS)
         check_backend(scan_backend)
