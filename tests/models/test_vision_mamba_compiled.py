@@ -1,4 +1,4 @@
-"""Vim-Ti as a whole under torch.compile, torch.export and autocast."""
+"""Vim under torch.compile, torch.export and autocast."""
 
 import shutil
 
@@ -8,12 +8,19 @@ import torch
 from mmvim.models import VisionMamba
 
 
+def build(arch):
+    torch.manual_seed(0)
+    return VisionMamba(arch, img_size=64, cls_token=None, out_type='featmap', rotary='both', feature_source='residual')
+
+
 @pytest.fixture(scope='module')
 def vim():
-    torch.manual_seed(0)
-    return VisionMamba(
-        'tiny', img_size=64, cls_token=None, out_type='featmap', rotary='both', feature_source='residual'
-    )
+    return build(dict(embed_dims=192, depth=4))
+
+
+@pytest.fixture(scope='module')
+def vim_ti():
+    return build('tiny')
 
 
 @pytest.fixture(scope='module')
@@ -59,15 +66,16 @@ def test_compile_fullgraph_training_of_three_blocks(images):
 
 
 @pytest.mark.slow  # python -m pytest tests/models -m slow
-def test_compile_fullgraph_training(vim, images):
-    check_training(vim, images, 'aot_eager')
+def test_compile_fullgraph(vim_ti, images):
+    check_inference(vim_ti, images, 'aot_eager')
+    check_training(vim_ti, images, 'aot_eager')
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which('g++') is None, reason='inductor needs a C++ compiler')
-def test_compile_fullgraph_inductor(vim, images):
-    check_inference(vim, images, 'inductor')
-    check_training(vim, images, 'inductor')
+def test_compile_fullgraph_inductor(vim_ti, images):
+    check_inference(vim_ti, images, 'inductor')
+    check_training(vim_ti, images, 'inductor')
 
 
 def test_export_with_dynamic_batch(vim, images, tmp_path):
