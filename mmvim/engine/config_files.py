@@ -24,6 +24,7 @@ RUNNER_KEYS = (set(inspect.signature(Runner.__init__).parameters) - {'self', 'cf
 PLACEHOLDER = re.compile(r'\{\{.*?\}\}')  # mmengine's, such as {{_base_.data_root}}
 BASE_READ = re.compile(r'\b_base_(?:\.|\[[\'"])(\w+)')
 SPLIT_KEYS = ('dataloader', 'evaluator')
+ABSENT = object()  # None is a value that a key may have
 
 
 def runner_keys(cfg: Config) -> set[str]:
@@ -120,9 +121,9 @@ def unread(files: list[ConfigFile], read_keys: Iterable[str]) -> list[tuple[str,
 
 
 def _value(paths: Iterable[str], key: str) -> object:
-    """What a key is in the first file that has it; None if there is none."""
-    values = (Config.fromfile(path, import_custom_modules=False).get(key) for path in paths)
-    return next((value for value in values if value is not None), None)
+    """What a key is in the first file that has it; ``ABSENT`` if there is none."""
+    values = (Config.fromfile(path, import_custom_modules=False).get(key, ABSENT) for path in paths)
+    return next((value for value in values if value is not ABSENT), ABSENT)
 
 
 def follow_validation(cfg: Config, files: list[ConfigFile]) -> None:
@@ -164,7 +165,7 @@ def check_read(cfg: Config, files: list[ConfigFile], read_keys: Iterable[str]) -
     """
     for key, file in unread(files, read_keys):
         inherited = _value(file.bases, key)
-        if (inherited is not None and inherited == _value([file.path], key)) or key in _completed_by(file.path):
+        if inherited == _value([file.path], key) or key in _completed_by(file.path):
             continue
         places = places_of(cfg, key, inherited)
         hint = f'set {" and ".join(places[:4])} instead' if places else 'delete it'

@@ -128,6 +128,20 @@ def test_keys_that_are_read_are_left_alone(child, base, text):
     load(child(base, text))
 
 
+@pytest.mark.parametrize('value', ['None', '0', 'False', '()', "''", '[]', "'x'"])
+def test_a_file_may_say_again_what_it_inherits_and_only_that(child, tmp_path, value):
+    (tmp_path / 'base.py').write_text(f'spare = {value}\n')
+    load(child('./base.py', f'spare = {value}'))
+    for text in ('spare = 1', f'other = {value}'):
+        with pytest.raises(ConfigError, match=f"takes its value from '{text.split()[0]}'"):
+            load(child('./base.py', text))
+
+
+def test_a_none_that_a_host_sets_may_be_said_again(child):
+    base = 'mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py'
+    assert load(child(base, 'backend_args = None')).backend_args is None
+
+
 def test_what_a_child_or_an_option_sets_itself_does_not_make_its_bases_wrong(child):
     """The base's `max_iters` would have filled `train_cfg.max_iters`."""
     camvid = 'vim/upernet_vim-ti_camvid-240x180.py'
