@@ -13,7 +13,7 @@ from typing import NamedTuple
 from mmengine.config import Config
 from mmengine.runner import Runner
 
-import mmvim
+from mmvim.compat.lookup import HOSTS
 from mmvim.engine.complete import COMPLETED_KEYS, complete_config, completed_keys
 from mmvim.errors import ConfigError, InputError
 
@@ -43,7 +43,7 @@ class ConfigFile(NamedTuple):
         read: names that the file uses itself.
         base_read: keys of its bases that it uses by ``_base_.KEY``.
         is_child: whether it inherits.
-        is_hosts: whether it belongs to the configs of a host.
+        is_hosts: whether it belongs to the configs of a host and inherits nothing of mmvim's.
     """
 
     path: str
@@ -74,6 +74,7 @@ def config_files(path: str | None) -> list[ConfigFile]:
         elif len(targets) > 1:  # a = b = dict(...)
             copies.update({name: names[i - 1] for i, name in enumerate(names)})
     bases = _base_files(path) if '_base_' in assigned else []
+    inherited = [file for base in bases for file in config_files(base)]
     own = ConfigFile(
         path=path,
         bases=bases,
@@ -82,9 +83,9 @@ def config_files(path: str | None) -> list[ConfigFile]:
         read={n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)},
         base_read=set(BASE_READ.findall(text)),
         is_child=bool(bases) or 'read_base' in text,
-        is_hosts=_is_hosts(os.path.dirname(os.path.abspath(path))),
+        is_hosts=_is_hosts(path, inherited),
     )
-    return [*(file for base in bases for file in config_files(base)), own]
+    return [*inherited, own]
 
 
 def _base_files(path: str) -> list[str]:
@@ -92,11 +93,23 @@ def _base_files(path: str) -> list[str]:
 
 
 @cache
-def _is_hosts(folder: str) -> bool:
-    """Whether a folder is in a collection of configs other than mmvim's: OpenMMLab's have an index above them."""
-    here = Path(folder)
-    ours = {Path(mmvim.__file__).parents[1], Path(mmvim.__file__).parent / '.mim'}
-    return any((parent / 'model-index.yml').is_file() and parent not in ours for parent in (here, *here.parents))
+def _package(path: str) -> str | None:
+    """Host, or mmvim, whose package a file is in, or whose checkout: index and package lie above it."""
+    return next(
+        (
+            name
+            for parent in Path(os.path.abspath(path)).parents
+            for name in ('mmvim', *HOSTS)
+            if (parent.name == name and (parent / '__init__.py').is_file())
+            or ((parent / 'model-index.yml').is_file() and (parent / name / '__init__.py').is_file())
+        ),
+        None,
+    )
+
+
+def _is_hosts(path: str, inherited: Iterable[ConfigFile]) -> bool:
+    """Whether a config belongs to a host: one with a base of mmvim's is someone's own, wherever it is kept."""
+    return _package(path) in HOSTS and all(_package(file.path) != 'mmvim' for file in inherited)
 
 
 def unread(files: list[ConfigFile], read_keys: Iterable[str]) -> list[tuple[str, ConfigFile]]:

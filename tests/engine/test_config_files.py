@@ -201,6 +201,36 @@ def test_no_false_alarm_in_the_configs_of_hosts(path, tmp_path):
         assert {**without, key: None} == {**Config.fromfile(path, import_custom_modules=False).to_dict(), key: None}
 
 
+@pytest.mark.parametrize('base', [COCO, 'mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py'])
+@pytest.mark.parametrize('package', [None, 'mine', 'mmvim', *HOSTS])
+def test_an_index_above_a_config_does_not_make_it_a_hosts(tmp_path, package, base):
+    """But in a checkout of a host that is so, unless the config inherits one of mmvim's."""
+    (tmp_path / 'model-index.yml').write_text('Import: []\n')
+    if package:
+        (tmp_path / package).mkdir()
+        (tmp_path / package / '__init__.py').touch()
+    (tmp_path / 'configs').mkdir()
+    path, last = tmp_path / 'configs' / 'mine.py', tmp_path / 'configs' / 'last.py'
+    base = base if '::' in base else CONFIGS / base
+    path.write_text(f"_base_ = '{base}'\nnum_classes = 3\nval_evaluator = dict(metric=['bbox'])\n")
+    last.write_text("_base_ = 'mine.py'\nwork_dir = 'x'\n")
+    for config in (path, last):
+        if package in HOSTS and base != CONFIGS / COCO:
+            assert load(str(config)).test_evaluator.metric == ['bbox', 'segm']
+            continue
+        with pytest.raises(ConfigError, match="line 2: nothing in this config takes its value from 'num_classes'"):
+            load(str(config))
+    path.write_text(path.read_text().replace('num_classes', '_num'))
+    if package not in HOSTS or base == CONFIGS / COCO:
+        assert load(str(last)).test_evaluator.metric == ['bbox']
+
+
+@pytest.mark.parametrize('host', HOSTS)
+def test_configs_in_the_source_of_a_host_are_its_own(host):
+    for path in sorted((Path(find_spec(host).origin).parent / 'configs').rglob('*.py'))[::20]:
+        assert all(file.is_hosts for file in config_files(str(path)))
+
+
 def test_hosts_configs_load_as_they_are():
     mmdet = Path(find_spec('mmdet').origin).parent / '.mim' / 'configs'
     load(str(mmdet / 'fpg' / 'mask-rcnn_r50_fpn_crop640-50e_coco.py'))
