@@ -8,8 +8,10 @@ from collections.abc import Iterable
 from copy import deepcopy
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
+import yaml
 from mmengine.config import Config
 from mmengine.runner import Runner
 
@@ -23,6 +25,11 @@ RUNNER_KEYS = (set(inspect.signature(Runner.__init__).parameters) - {'self', 'cf
 }  # fmt: skip
 PLACEHOLDER = re.compile(r'\{\{.*?\}\}')  # mmengine's, such as {{_base_.data_root}}
 BASE_READ = re.compile(r'\b_base_(?:\.|\[[\'"])(\w+)')
+DATA_FORMATS = ('.yml', '.yaml', '.json')
+OWN_SCOPES = (
+    ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda,
+    ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp,
+)  # fmt: skip
 SPLIT_KEYS = ('dataloader', 'evaluator')
 ABSENT = object()  # None is a value that a key may have
 
@@ -57,22 +64,11 @@ class ConfigFile(NamedTuple):
 
 
 def config_files(path: str | None) -> list[ConfigFile]:
-    """A config file and all that it inherits from, bases first; none of what is not Python, or no file."""
-    if not path or not path.endswith('.py') or not os.path.isfile(path):
+    """A config file, in Python, YAML or JSON, and all that it inherits from, bases first; none of other files."""
+    if not path or not path.endswith(('.py', *DATA_FORMATS)) or not os.path.isfile(path):
         return []
     text = Path(path).read_text(encoding='utf-8')
-    tree = ast.parse(PLACEHOLDER.sub('None', text))
-    assigned, copies = {}, {}
-    for node in tree.body:
-        if not isinstance(node, ast.Assign | ast.AnnAssign):
-            continue
-        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-        names = [n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
-        assigned.update(dict.fromkeys(names, node.lineno))
-        if isinstance(node.value, ast.Name):
-            copies.update(dict.fromkeys(names, node.value.id))
-        elif len(targets) > 1:  # a = b = dict(...)
-            copies.update({name: names[i - 1] for i, name in enumerate(names)})
+    assigned, copies, read = _data_keys(text) if path.endswith(DATA_FORMATS) else _python_keys(text)
     bases = _base_files(path) if '_base_' in assigned else []
     inherited = [file for base in bases for file in config_files(base)]
     own = ConfigFile(
@@ -80,16 +76,71 @@ def config_files(path: str | None) -> list[ConfigFile]:
         bases=bases,
         assigned={name: line for name, line in assigned.items() if not name.startswith('_')},
         copies=copies,
-        read={n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)},
+        read=read,
         base_read=set(BASE_READ.findall(text)),
-        is_child=bool(bases) or 'read_base' in text,
+        is_child=bool(bases) or (path.endswith('.py') and 'read_base' in text),
         is_hosts=_is_hosts(path, inherited),
     )
     return [*inherited, own]
 
 
+def _python_keys(text: str) -> tuple[dict[str, int], dict[str, str], set[str]]:
+    """Names that a Python config sets and the line of each, those that copy another and which, and names it uses."""
+    tree = ast.parse(PLACEHOLDER.sub('None', text))
+    assigned, copies = {}, {}
+    for node in _module_scope(tree):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            assigned[node.id] = node.lineno
+        if not isinstance(node, ast.Assign | ast.AnnAssign):
+            continue
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+        names = [n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
+        if isinstance(node.value, ast.Name):
+            copies.update(dict.fromkeys(names, node.value.id))
+        elif len(targets) > 1:  # a = b = dict(...)
+            copies.update({name: names[i - 1] for i, name in enumerate(names)})
+    read = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Store)}
+    return assigned, copies, read
+
+
+def _module_scope(node: ast.AST) -> Iterable[ast.AST]:
+    for child in ast.iter_child_nodes(node):
+        if not isinstance(child, OWN_SCOPES):
+            yield child
+            yield from _module_scope(child)
+
+
+def _data_keys(text: str) -> tuple[dict[str, int], dict[str, str], set[str]]:
+    """As :func:`_python_keys` of YAML, of which JSON is a part: there a key is used by an alias of its anchor."""
+    tree = yaml.compose(PLACEHOLDER.sub('null', text).replace('\t', ' '), Loader=yaml.SafeLoader)
+    assigned, copies, read, held = {}, {}, set(), {}
+    for key, value in tree.value if isinstance(tree, yaml.MappingNode) else []:
+        if key.tag == 'tag:yaml.org,2002:merge':
+            read |= set(held.values())
+            continue
+        assigned[key.value] = key.start_mark.line + 1
+        if id(value) in held:
+            copies[key.value] = held[id(value)]
+        nodes = set(_nodes(value))
+        read |= {held[node] for node in nodes & held.keys()}
+        held.update(dict.fromkeys(nodes - held.keys(), key.value))
+    return assigned, copies, read
+
+
+def _nodes(node: yaml.Node) -> Iterable[int]:
+    yield id(node)
+    if isinstance(node, yaml.CollectionNode):
+        for child in node.value:
+            for part in child if isinstance(child, tuple) else (child,):
+                yield from _nodes(part)
+
+
 def _base_files(path: str) -> list[str]:
-    return [Config._get_cfg_path(base, path)[0] for base in Config._get_base_files(path)]
+    with TemporaryDirectory() as folder:
+        filled = os.path.join(folder, os.path.basename(path))
+        Config._substitute_predefined_vars(path, filled)
+        Config._pre_substitute_base_vars(filled, filled)
+        return [Config._get_cfg_path(base, path)[0] for base in Config._get_base_files(filled)]
 
 
 @cache
@@ -178,7 +229,7 @@ def check_read(cfg: Config, files: list[ConfigFile], read_keys: Iterable[str]) -
     """
     for key, file in unread(files, read_keys):
         inherited = _value(file.bases, key)
-        if inherited == _value([file.path], key) or key in _completed_by(file.path):
+        if _lists(inherited) == _lists(_value([file.path], key)) or key in _completed_by(file.path):
             continue
         places = places_of(cfg, key, inherited)
         hint = f'set {" and ".join(places[:4])} instead' if places else 'delete it'
@@ -186,6 +237,13 @@ def check_read(cfg: Config, files: list[ConfigFile], read_keys: Iterable[str]) -
             f"config '{file.path}', line {file.assigned[key]}: nothing in this config takes its value from '{key}'; "
             f"{hint}, or begin its name with '_' if code of your own reads it"
         )
+
+
+def _lists(value: object) -> object:
+    """A value with lists for its tuples, which YAML and JSON do not have."""
+    if isinstance(value, dict):
+        return {key: _lists(child) for key, child in value.items()}
+    return [_lists(child) for child in value] if isinstance(value, list | tuple) else value
 
 
 def places_of(cfg: Config, key: str, value: object) -> list[str]:

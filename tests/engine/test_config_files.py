@@ -1,4 +1,5 @@
 import ast
+import json
 from copy import deepcopy
 from importlib.util import find_spec
 from pathlib import Path
@@ -149,6 +150,81 @@ def test_what_a_child_or_an_option_sets_itself_does_not_make_its_bases_wrong(chi
     assert load(child(camvid, 'train_cfg = dict(max_iters=3)')).train_cfg.max_iters == 3
     mine = child(camvid, 'max_iters = 4')
     assert load(mine, 'train_cfg.max_iters=5').train_cfg.max_iters == 5
+
+
+NESTED = [
+    'if True:\n    num_classes = 3',
+    'if False:\n    pass\nelif True:\n    num_classes = 3',
+    'for num_classes in (3,):\n    pass',
+    'for _i in (3,):\n    num_classes = _i',
+    'while True:\n    num_classes = 3\n    break',
+    "with open(__import__('os').devnull) as num_classes:\n    num_classes = 3",
+    'try:\n    num_classes = 3\nfinally:\n    pass',
+    'try:\n    raise KeyError\nexcept KeyError:\n    num_classes = 3',
+    '_ = (num_classes := 3)',
+]
+
+
+@pytest.mark.parametrize('text', NESTED)
+def test_a_key_that_a_statement_sets_inside_is_a_key_too(child, text):
+    with pytest.raises(ConfigError, match=r"line \d: nothing in this config takes its value from 'num_classes'"):
+        load(child(COCO, text))
+    load(child(COCO, f'{text}\nmodel = dict(roi_head=dict(num_classes=num_classes))'))
+    load(child(COCO, f'{text}\ndel num_classes'))
+
+
+def test_names_of_scopes_of_their_own_are_no_keys(child):
+    text = 'def _make():\n    count = 3\n    return count\n\n\nclass _Make:\n    other = 1\n\n\n'
+    load(child(COCO, text + "randomness = dict(seed=sum(1 for _ in [size for size in {1: 2 for key in 'ab'}]))"))
+
+
+def write_data(path, keys):
+    """JSON, which is YAML too, indented as many write it."""
+    path.write_text(json.dumps(keys, indent='\t' if path.suffix == '.json' else 2))
+    return str(path)
+
+
+@pytest.mark.parametrize('suffix', ['.yml', '.yaml', '.json'])
+def test_children_in_yaml_and_json_get_the_same_answers(tmp_path, suffix):
+    path = tmp_path / f'mine{suffix}'
+    base = {'_base_': str(CONFIGS / COCO)}
+    for key in ('num_classes', 'max_iters', 'frobnicate'):
+        write_data(path, {**base, 'model': {}, key: 3})
+        last = write_data(tmp_path / f'last{suffix}', {'_base_': path.name, 'work_dir': 'x'})
+        for config in (str(path), last):
+            with pytest.raises(ConfigError, match=f"mine{suffix}', line 4: nothing .* takes its value from '{key}'"):
+                load(config)
+    load(write_data(path, {**base, 'data_root': 'data/coco/', 'image_size': [1024, 1024]}))
+    load(write_data(path, {'_base_': 'mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py', 'backend_args': None}))
+    cfg = load(write_data(path, {**base, 'val_evaluator': {'metric': ['bbox']}}))
+    assert cfg.test_evaluator == cfg.val_evaluator and cfg.test_evaluator.metric == ['bbox']
+    write_data(path, {**base, '_num': 3, 'seed': 1})
+    last = tmp_path / 'last.py'
+    last.write_text(f"_base_ = '{path.name}'\nrandomness = dict(seed=_base_.seed)\n")
+    assert load(str(last)).randomness.seed == 1
+
+
+@pytest.mark.parametrize('name', ['last.py', 'last.yml', 'last.json'])
+def test_placeholders_of_mmengine_are_understood_in_each_format(tmp_path, name):
+    (tmp_path / 'mine.py').write_text(f"_base_ = '{CONFIGS / COCO}'\nnum = 3\n")
+    base, text = '{{ fileDirname }}/mine.py', ' "randomness": {"seed": {{ _base_.num }}}, "spare": 1}'
+    text = f'{{"_base_": "{base}",\n{text}'
+    if name.endswith('.py'):
+        text = f'_base_ = "{base}"\nrandomness = dict(seed={{{{ _base_.num }}}})\nspare = 1\n'
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ConfigError, match=rf"{name}', line \d: nothing in this config takes its value from 'spare'"):
+        load(str(tmp_path / name))
+    (tmp_path / name).write_text(text.replace('spare', '_spare'))
+    assert load(str(tmp_path / name)).randomness.seed == 3
+
+
+def test_an_alias_reads_the_key_of_its_anchor(tmp_path):
+    path = tmp_path / 'mine.yml'
+    path.write_text(f"_base_: '{CONFIGS / COCO}'\nnum: &num 3\nmodel: {{roi_head: {{num_classes: *num}}}}\n")
+    assert load(str(path)).model.roi_head.num_classes == 3
+    path.write_text(f"_base_: '{CONFIGS / COCO}'\nnum: &num 3\nother: *num\n")
+    with pytest.raises(ConfigError, match="line 3: nothing in this config takes its value from 'other'"):
+        load(str(path))
 
 
 def test_a_helper_for_files_that_inherit_is_read(child):
