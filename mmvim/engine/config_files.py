@@ -100,6 +100,8 @@ def _python_keys(text: str) -> tuple[dict[str, int], dict[str, str], set[str]]:
         elif len(targets) > 1:  # a = b = dict(...)
             copies.update({name: names[i - 1] for i, name in enumerate(names)})
     read = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Store)}
+    loops = [node.target for node in ast.walk(tree) if isinstance(node, ast.For)]  # a counter may count only
+    read |= {n.id for target in loops for n in ast.walk(target) if isinstance(n, ast.Name)}
     return assigned, copies, read
 
 
