@@ -81,7 +81,8 @@ def _vim(weights: Mapping[str, Tensor]) -> Identity | None:
     size = VIM_OF_WIDTH.get(width) if depth == 24 and mixer == usual else None
     name = _metadata(weights).get(MODEL_NAME)
     named = settings_of_name(name)
-    known = _saved(weights) or named or {}
+    saved = _saved(weights)
+    known = saved or named or {}
     layout = saved_class_tokens(weights, known.get('cls_token') or 'middle')
     grid = known.get('grid') or _grid(weights, len(class_token_names(layout)), 'Vim')
     patch = found['patch_size']
@@ -89,6 +90,7 @@ def _vim(weights: Mapping[str, Tensor]) -> Identity | None:
     image_size = tuple((n - 1) * stride + patch for n in grid)
     direction = 'v2' if "'v2'" in found['directions'] else 'v1' if "'v1'" in found['directions'] else 'none'
     final_norm = 'norm_f.weight' in weights
+    told = (saved['rotary'], 'as it was saved') if 'rotary' in saved else rotary_in(weights, named)
     backbone = dict(
         type='mmvim.VisionMamba',
         arch=size or dict(embed_dims=width, depth=depth, **mixer),
@@ -101,9 +103,8 @@ def _vim(weights: Mapping[str, Tensor]) -> Identity | None:
         layer_scale_init=1.0 if found['layer scale'] == 'yes' else None,
         out_type='featmap' if not final_norm else 'cls_token' if layout else 'avg_featmap',
         final_norm=final_norm,
-        **rotary_in(weights, known.get('rotary')),
     )
-    backbone |= arguments(known, vim.HIDDEN_SETTINGS)
+    backbone |= arguments(known, vim.HIDDEN_SETTINGS) | {'rotary': told and told[0]}
     facts = [
         f'{depth} blocks of width {width}',
         f'patches of {patch} pixels every {stride}',
@@ -113,10 +114,12 @@ def _vim(weights: Mapping[str, Tensor]) -> Identity | None:
         f'rotary {backbone["rotary"]!r}',
     ]
     notes = []
-    if name is not None and named is None and not _saved(weights):
+    if name is not None and named is None and not saved:
         notes.append(f'nothing from args.model={name!r}, which is no name of the original code')
     if layout in ('middle', 'head') and 'cls_token' not in known:
         notes.append('the file does not tell where its class token stands: in the middle, as in published files')
+    if told is None:
+        notes.append('the file does not tell whether it was trained with rotary embedding: it was not')
     if backbone['rotary'] and 'rotary' not in known:
         notes.append("the file does not tell which streams rotary embedding turns: 'both'")
     if 'divide_output' not in known and direction == 'v2':

@@ -247,7 +247,7 @@ def load_published_vim(backbone: nn.Module) -> None:
 
     Its own weights carry grid, class-token layout and all of `HIDDEN_SETTINGS` as metadata of the state dict, so that
     non-square grids and class tokens at the head are known again. Settings of a published file are known from its
-    `args.model` and from its rotary tables. See `convert_on_load` for what is raised and warned of.
+    `args.model` and from its rotary tables, see `rotary_in`. See `convert_on_load` for what is raised and warned of.
 
     Args:
         backbone: a VisionMamba.
@@ -316,8 +316,9 @@ def _differ(backbone, weights: Mapping[str, Tensor], metadata: Mapping) -> tuple
     name = metadata.get(MODEL_NAME)
     named = settings_of_name(name)
     theirs, evidence = dict(named or {}), dict.fromkeys(named or {}, 'by its args.model')
-    theirs |= rotary_in(weights, theirs.get('rotary') or ours['rotary'])
-    evidence['rotary'] = f'it has {"no " if theirs["rotary"] is None else ""}{ROTARY}freqs_cos'
+    told = rotary_in(weights, named, ours['rotary'])
+    if told is not None:
+        theirs['rotary'], evidence['rotary'] = told
     table = weights.get('pos_embed')
     if table is not None:
         theirs['grid'] = square_grid(table.shape[1] - len(class_token_names(saved_class_tokens(weights))))
@@ -327,14 +328,35 @@ def _differ(backbone, weights: Mapping[str, Tensor], metadata: Mapping) -> tuple
             f'args.model={name!r} of the file is no name of the original code, which leaves its class token, rotary '
             'embedding and divide_output unknown: compare them'
         )
+    elif told is None and ours['rotary'] is not None:
+        warned.append(
+            'the file does not tell whether it was trained with rotary embedding, and the model has '
+            f'rotary={ours["rotary"]!r}: compare it'
+        )
     return [], refused + warned  # what a name tells may be wrong
 
 
-def rotary_in(weights: Mapping[str, Tensor], mode: str | None) -> dict:
-    """The argument `rotary` by the tables in a published file.
+def rotary_in(
+    weights: Mapping[str, Tensor], named: Mapping | None, mode: str | None = None
+) -> tuple[str | None, str] | None:
+    """The argument `rotary` of a file without the metadata of this package, and by what it is known.
+
+    The original code saves its tables, but a VisionMamba does not: only in a published classifier, which has its name
+    or its `head` and class token, do missing ones tell that there is no rotary embedding.
 
     Args:
         weights: weights by published name.
-        mode: what it is taken for if there are tables, which do not tell 'hidden' from 'both'; None means 'both'.
+        named: what the file's `args.model` tells, see `settings_of_name`.
+        mode: what tables are taken for where no name tells 'hidden' from 'both'; None means 'both'.
+
+    Returns:
+        The value and the evidence in words; None if the file does not tell.
     """
-    return {'rotary': (mode or 'both') if any(name.startswith(ROTARY) for name in weights) else None}
+    by_name = (named or {}).get('rotary')
+    if any(name.startswith(ROTARY) for name in weights):
+        return by_name or mode or 'both', f'it has {ROTARY}freqs_cos'
+    if by_name is not None:
+        return by_name, 'by its args.model'
+    if named is not None or ('head.weight' in weights and saved_class_tokens(weights) is not None):
+        return None, f'it has no {ROTARY}freqs_cos'
+    return None

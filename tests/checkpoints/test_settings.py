@@ -11,9 +11,11 @@ from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.model import BaseModel, ExponentialMovingAverage
 from mmengine.runner.checkpoint import get_state_dict, load_checkpoint, save_checkpoint, weights_to_cpu
+from safetensors.torch import save_file
 from torch import nn
 
 from mmvim.checkpoints import deit, hier_vim, mambavision, vim
+from mmvim.checkpoints.identify import identify
 from mmvim.checkpoints.reading import read_state_dict
 from mmvim.errors import CheckpointError
 from mmvim.models import HierVim, MambaVision, VisionMamba, VisionTransformer
@@ -394,6 +396,61 @@ def test_rotary_embedding_of_a_published_file(rotary, name, in_file, in_model, t
     # the same without a file's name, and without `args`
     model.load_state_dict(read_state_dict(path), strict=False)
     assert len(warnings()) == (in_model != expected)
+
+
+def without_metadata(model):
+    return dict(model.state_dict())
+
+
+def as_safetensors(model, path):
+    path = path.with_suffix('.safetensors')
+    save_file(without_metadata(model), path)
+    return path
+
+
+def as_plain_dict(model, path):
+    torch.save({'state_dict': without_metadata(model)}, path)
+    return path
+
+
+def with_a_head_of_the_host(model, path):
+    torch.save({'state_dict': without_metadata(model) | {'head.layers.head.weight': torch.ones(10, 32)}}, path)
+    return path
+
+
+@pytest.mark.parametrize('save', [as_safetensors, as_plain_dict, with_a_head_of_the_host])
+@pytest.mark.parametrize('settings', [VIM, DENSE_VIM])
+@pytest.mark.parametrize('rotary', ['hidden', 'both', None])
+def test_own_weights_without_metadata_are_taken_for_no_published_file(settings, rotary, save, tmp_path, warnings):
+    model = build(VisionMamba, dict(settings, rotary=rotary))
+    init_cfg(VisionMamba(**settings, rotary=rotary), save(model, tmp_path / 'own.pth'))
+    found = warnings()
+    assert len(found) == (rotary is not None)
+    if found:
+        assert f'does not tell whether it was trained with rotary embedding, and the model has {rotary=}' in found[0]
+        assert ' in the file (' not in found[0] and 'set rotary' not in found[0]
+
+
+def test_identified_weights_without_metadata_leave_rotary_embedding_open():
+    model = build(VisionMamba, dict(VIM, rotary='both'))
+    head = {'head.weight': torch.ones(10, 32)}
+    for weights, rotary, noted in (
+        (model.state_dict(), 'both', False),
+        (without_metadata(model), None, True),
+        (without_metadata(model) | head, None, False),
+        (without_metadata(model) | {'rope.freqs_cos': torch.ones(16, 32)}, 'both', False),
+    ):
+        identity = identify(weights)
+        assert identity.backbone['rotary'] == rotary
+        assert any('does not tell whether it was trained with rotary' in note for note in identity.notes) == noted
+
+
+def test_a_name_tells_of_rotary_embedding_whose_tables_were_left_out(tmp_path, warnings):
+    path = small_file(tmp_path / 'vim.pth', name=f'{NAME}_rope_with_cls_token_div2')
+    init_cfg(VisionMamba(**DENSE_VIM, rotary='hidden'), path)
+    assert not warnings()
+    init_cfg(VisionMamba(**DENSE_VIM), path)
+    assert "rotary='hidden' in the file (by its args.model), None in the model" in warnings()[0]
 
 
 def test_the_class_token_at_the_head_of_the_first_release_is_taken_out_there(tmp_path):
