@@ -29,6 +29,8 @@ from mmvim.errors import CheckpointError
 WEIGHT_KEYS = ('state_dict', 'model', 'model_ema', 'state_dict_ema', 'module')
 # prefixes that wrappers put before every name
 WRAPPER_PREFIXES = ('module.', '_orig_mod.')
+# what averages of a model, of mmengine and of torch, count beside the model's names
+COUNTERS = ('steps', 'n_averaged')
 
 # entries of a module's metadata in a state dict: the file it came from, for messages, and the name by which the code
 # that trained it built the model, `args.model` of the file
@@ -166,7 +168,7 @@ def find_state_dict(checkpoint: Any, source: str | os.PathLike = 'the checkpoint
         )
     metadata = getattr(found, '_metadata', None)
     while prefix := _wrapper_prefix(weights):
-        weights = {name.removeprefix(prefix): value for name, value in weights.items()}
+        weights = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
         metadata = metadata and OrderedDict(
             (module.removeprefix(prefix.rstrip('.')).lstrip('.'), value)
             for module, value in metadata.items()
@@ -197,7 +199,8 @@ def facts_of_file(metadata: Mapping) -> dict:
 
 
 def _wrapper_prefix(names: Iterable[str]) -> str | None:
-    return next((prefix for prefix in WRAPPER_PREFIXES if all(name.startswith(prefix) for name in names)), None)
+    names = [name for name in names if name not in COUNTERS]
+    return next((p for p in WRAPPER_PREFIXES if names and all(name.startswith(p) for name in names)), None)
 
 
 def read_state_dict(path: str | os.PathLike, map_location: MapLocation = 'cpu') -> OrderedDict[str, Tensor]:

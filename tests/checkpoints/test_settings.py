@@ -13,6 +13,7 @@ from mmengine.model import BaseModel, ExponentialMovingAverage
 from mmengine.runner.checkpoint import get_state_dict, load_checkpoint, save_checkpoint, weights_to_cpu
 from safetensors.torch import save_file
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from mmvim.checkpoints import deit, hier_vim, mambavision, vim
 from mmvim.checkpoints.identify import identify
@@ -290,6 +291,21 @@ def test_the_average_of_a_model_is_compared_with_it(warnings):
     average, other = ExponentialMovingAverage(Detector(saved)), ExponentialMovingAverage(Detector(other))
     other.load_state_dict(average.state_dict())
     assert 'set rotary=None' in warnings()[0]
+
+
+@pytest.mark.parametrize('wrap, load', [(Detector, init_cfg), (Detector, load_from), (None, init_cfg)])
+@pytest.mark.parametrize('key', ['state_dict_ema', 'state_dict'])
+@pytest.mark.parametrize('average', [ExponentialMovingAverage, AveragedModel])
+def test_a_file_of_an_average_keeps_its_settings(wrap, average, key, load, tmp_path, warnings):
+    saved, other = pair(VisionMamba, 'rotary')
+    torch.save({key: average(saved if wrap is None else wrap(saved)).state_dict()}, tmp_path / 'own.pth')
+    load(VisionMamba(**DENSE_VIM), tmp_path / 'own.pth')
+    assert not warnings()
+    load(other, tmp_path / 'own.pth')
+    (message,) = warnings()
+    assert "rotary=None in the file, 'both' in the model" in message
+    with pytest.raises(CheckpointError, match='divide_output=True in the file, False in the model'):
+        load(VisionMamba(**DENSE_VIM, divide_output=False), tmp_path / 'own.pth')
 
 
 @pytest.mark.parametrize(
