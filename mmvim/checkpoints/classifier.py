@@ -10,6 +10,14 @@ from torch import Tensor, nn
 # Some files come from a class that holds the network as `model`.
 CLASSIFIER_RENAMES = ((r'^(model\.)?head\.', 'head.fc.'), (r'^(model\.)?', 'backbone.'))
 
+# entry of a backbone's metadata: its weights came from a published classifier, whose head is the host's now
+PUBLISHED_HEAD = 'published_head'
+
+
+def published_head(weights: Mapping[str, Tensor], metadata: Mapping) -> bool:
+    """Whether weights by published name are, or were, beside the head of a published classifier."""
+    return PUBLISHED_HEAD in metadata or not {'head.weight', 'model.head.weight'}.isdisjoint(weights)
+
 
 def to_classifier(state_dict: Mapping[str, Tensor]) -> OrderedDict[str, Tensor]:
     """Weights of a published classifier under the names of mmpretrain's ImageClassifier with a LinearClsHead.
@@ -24,6 +32,9 @@ def to_classifier(state_dict: Mapping[str, Tensor]) -> OrderedDict[str, Tensor]:
     if metadata is not None:
         of_backbone = {f'backbone.{name}'.rstrip('.'): value for name, value in metadata.items() if name != 'backbone'}
         renamed._metadata = OrderedDict({'': metadata.get('', {}), **of_backbone})
+    if published_head(state_dict, {}):
+        renamed._metadata = getattr(renamed, '_metadata', OrderedDict())
+        renamed._metadata['backbone'] = {**renamed._metadata.get('backbone', {}), PUBLISHED_HEAD: True}
     return renamed
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from mmvim.checkpoints.classifier import published_head
 from mmvim.checkpoints.fitting import Conversion, abridge, convert_on_load
 from mmvim.checkpoints.settings import METADATA, HiddenSetting, both_classify, differing, same_output
 from mmvim.errors import CheckpointError
@@ -218,7 +219,11 @@ def _differ(backbone, weights: Mapping[str, Tensor], metadata: Mapping) -> tuple
         return differing(HIDDEN_SETTINGS, metadata[METADATA], ours)
     arch = backbone.arch_zoo.get(ARCH_OF_WIDTH.get(deit_settings(weights).get('embed_dims')))
     theirs = {'num_heads': arch['num_heads']} if arch else {}
-    refused, warned = differing(HIDDEN_SETTINGS, theirs, ours, {'num_heads': 'as in all published ones'})
+    if arch and published_head(weights, metadata):
+        theirs['norm_eps'] = 1e-6
+        if 'cls_token' in weights:
+            theirs |= {'out_type': 'cls_token', 'with_cls_token': True}
+    refused, warned = differing(HIDDEN_SETTINGS, theirs, ours, dict.fromkeys(theirs, 'as in all published ones'))
     return [], refused + warned
 
 

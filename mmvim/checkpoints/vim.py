@@ -80,6 +80,7 @@ def settings_of_name(name: str | None) -> dict | None:
         'out_type': pooled if token is None else 'cls_token',
         'feature_source': 'residual',
         'final_norm': True,
+        'norm_eps': 1e-5,
     }
 
 

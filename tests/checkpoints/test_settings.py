@@ -349,6 +349,7 @@ PUBLISHED = dict(
     out_type='cls_token',
     feature_source='residual',
     final_norm=True,
+    norm_eps=1e-5,
 )
 
 
@@ -487,6 +488,7 @@ def test_the_class_token_at_the_head_of_the_first_release_is_taken_out_there(tmp
         (dict(cls_token='head'), "cls_token='middle' in the file (by its args.model), 'head' in"),
         (dict(out_type='avg_featmap'), "out_type='cls_token' in the file (by its args.model), 'avg_featmap' in"),
         (dict(patch_stride=8, img_size=40), 'patch_stride=16 in the file (by its args.model), 8 in'),
+        (dict(norm_eps=1e-6), 'norm_eps=1e-05 in the file (by its args.model), 1e-06 in'),
         (dict(feature_source='mixer'), "feature_source='residual' in the file (by its args.model), 'mixer' in"),
     ],
 )
@@ -543,6 +545,37 @@ def test_published_deit_files_have_known_heads(warnings):
     assert not warnings()
     other.load_state_dict(weights, assign=True)
     assert 'num_heads=3 in the file (as in all published ones), 6 in the model' in warnings()[0]
+
+
+CLASSIFY_MAMBAVISION = dict(type='mmvim.MambaVision', arch='tiny', out_type='avg_featmap')
+CLASSIFY_DEIT = dict(type='mmvim.VisionTransformer', arch='deit-tiny')
+
+
+@pytest.mark.parametrize('whole', [False, True])
+@pytest.mark.parametrize(
+    'backbone, settings, told',
+    [
+        (CLASSIFY_DEIT, dict(norm_eps=1e-5), 'norm_eps=1e-06'),
+        (CLASSIFY_DEIT, dict(out_type='avg_featmap'), "out_type='cls_token'"),
+        (CLASSIFY_DEIT, dict(out_type='featmap', with_cls_token=False), None),
+    ],
+)
+def test_published_classifiers_have_known_settings(backbone, settings, told, whole, tmp_path, warnings):
+    weights = dict(MODELS.build(backbone).state_dict())
+    weights |= {'head.weight': torch.ones(10, 8), 'head.bias': torch.ones(10)}
+    torch.save({'model': weights}, tmp_path / 'file.pth')
+    for more, expected in (({}, False), (settings, told is not None)):
+        model = MODELS.build({**backbone, **more})
+        if whole:
+            model = Detector(model)
+            model.head = nn.ModuleDict({'fc': nn.Linear(8, 10)})
+            load_checkpoint(model, str(tmp_path / 'file.pth'), map_location='cpu')
+        else:
+            init_cfg(model, tmp_path / 'file.pth')
+        found = warnings()
+        assert len(found) == expected
+    if told:
+        assert f'{told} in the file (as in ' in found[0] and found[0].count(' in the file') == 1
 
 
 CONFIGS = [
