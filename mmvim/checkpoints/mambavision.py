@@ -5,11 +5,14 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
+from mmvim.checkpoints.classifier import published_head
 from mmvim.checkpoints.fitting import Conversion, abridge, convert_on_load
 from mmvim.checkpoints.settings import METADATA, HiddenSetting, differing, same_output
 
 # files saved through a class that holds the network as `model` have this before every name
 INNER = 'model.'
+# sizes that were published for other images than those of 224 pixels, with windows of other sides, which no name tells
+OTHER_RESOLUTIONS = ('large2', 'large3')
 
 # What neither names nor shapes of a MambaVision's weights tell. Not in it, as they change no results of given weights:
 # rates, `dt_init`, `frozen_stages`, `norm_eval`, `with_cp`, `scan_backend`. All other arguments show.
@@ -173,13 +176,22 @@ def _differ(backbone, weights: Mapping[str, Tensor], metadata: Mapping) -> tuple
     ours = mambavision_hidden_settings(backbone)
     if METADATA in metadata:
         return differing(HIDDEN_SETTINGS, metadata[METADATA], ours)
-    theirs = published_settings(mambavision_state_dict(weights).state_dict)
-    refused, warned = differing(HIDDEN_SETTINGS, theirs, ours, dict.fromkeys(theirs, 'as in all published ones'))
+    head = published_head(weights, metadata)
+    theirs = published_settings(mambavision_state_dict(weights).state_dict, head=head)
+    if ours['out_type'] != theirs.get('out_type'):  # to fit windows in dense prediction is what the setting is for
+        theirs.pop('fit_windows', None)
+    evidence = dict.fromkeys(theirs, 'as in all published ones') | {'window_sizes': 'as in all published of its size'}
+    refused, warned = differing(HIDDEN_SETTINGS, theirs, ours, evidence)
     return [], refused + warned
 
 
-def published_settings(weights: Mapping[str, Tensor]) -> dict:
-    """Settings that all published files of a size have, by published names of the weights."""
+def published_settings(weights: Mapping[str, Tensor], *, head: bool) -> dict:
+    """Settings that all published files of a size have.
+
+    Args:
+        weights: weights by published name.
+        head: whether they come from a published classifier.
+    """
     # the backbone imports this module
     from mmvim.models.backbones.mambavision import MambaVision
 
@@ -187,8 +199,15 @@ def published_settings(weights: Mapping[str, Tensor]) -> dict:
     if not found:
         return {}
     keys = ('embed_dims', 'stem_channels', 'depths')
-    heads = [a['num_heads'] for a in MambaVision.arch_zoo.values() if all(a[key] == found[key] for key in keys)]
-    return {'mixer_conv': 'same'} | ({'num_heads': heads[-1]} if heads else {})
+    names = [name for name, a in MambaVision.arch_zoo.items() if all(a[key] == found[key] for key in keys)]
+    settings = {'mixer_conv': 'same'}
+    if names:
+        settings['num_heads'] = MambaVision.arch_zoo[names[-1]]['num_heads']
+    if names and head:
+        settings |= {'fit_windows': False, 'out_type': 'avg_featmap'}
+        if names[-1] not in OTHER_RESOLUTIONS:
+            settings['window_sizes'] = (8, 8, 14, 7)
+    return settings
 
 
 def _convert(backbone, weights: Mapping[str, Tensor], metadata: Mapping) -> Conversion:

@@ -555,6 +555,10 @@ CLASSIFY_DEIT = dict(type='mmvim.VisionTransformer', arch='deit-tiny')
 @pytest.mark.parametrize(
     'backbone, settings, told',
     [
+        (CLASSIFY_MAMBAVISION, dict(window_sizes=(8, 8, 7, 7)), 'window_sizes=(8, 8, 14, 7)'),
+        (CLASSIFY_MAMBAVISION, dict(window_sizes=(3, 3, 14, 7)), None),
+        (CLASSIFY_MAMBAVISION, dict(fit_windows=True), 'fit_windows=False'),
+        (CLASSIFY_MAMBAVISION, dict(out_type='raw', window_sizes=(8, 8, 64, 32), fit_windows=True), None),
         (CLASSIFY_DEIT, dict(norm_eps=1e-5), 'norm_eps=1e-06'),
         (CLASSIFY_DEIT, dict(out_type='avg_featmap'), "out_type='cls_token'"),
         (CLASSIFY_DEIT, dict(out_type='featmap', with_cls_token=False), None),
@@ -576,6 +580,21 @@ def test_published_classifiers_have_known_settings(backbone, settings, told, who
         assert len(found) == expected
     if told:
         assert f'{told} in the file (as in ' in found[0] and found[0].count(' in the file') == 1
+
+
+@pytest.mark.parametrize('size', ['tiny', 'tiny2', 'small', 'base', 'large', 'large2', 'large3'])
+def test_windows_of_published_mambavision_files_are_known_where_one_resolution_was_published(size, warnings):
+    with torch.device('meta'):
+        weights = MambaVision(size, out_type='avg_featmap').state_dict()
+        other = MambaVision(size, out_type='avg_featmap', window_sizes=(8, 8, 32, 16))
+    weights = dict(weights) | {'head.weight': torch.ones(10, 8)}
+    other.load_state_dict(weights, strict=False, assign=True)
+    assert [': set window_sizes=(8, 8, 14, 7)' in found for found in warnings()] == [True] * (
+        size not in ('large2', 'large3')
+    )
+    del weights['head.weight']  # may be our own without metadata
+    other.load_state_dict(weights, strict=False, assign=True)
+    assert not warnings()
 
 
 CONFIGS = [
