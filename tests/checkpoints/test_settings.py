@@ -248,13 +248,14 @@ def load_from(model, path):
 
 
 WAYS = [
-    (save_backbone, init_cfg),
     (save_whole, init_cfg),
-    (save_whole, init_cfg_with_prefix),
-    (save_whole, load_from),
     (save_average, load_from),
-    (save_wrapped, init_cfg),
-    (save_wrapped, load_from),
+    # python -m pytest tests/checkpoints -m slow
+    pytest.param(save_backbone, init_cfg, marks=pytest.mark.slow),
+    pytest.param(save_whole, init_cfg_with_prefix, marks=pytest.mark.slow),
+    pytest.param(save_whole, load_from, marks=pytest.mark.slow),
+    pytest.param(save_wrapped, init_cfg, marks=pytest.mark.slow),
+    pytest.param(save_wrapped, load_from, marks=pytest.mark.slow),
 ]
 
 
