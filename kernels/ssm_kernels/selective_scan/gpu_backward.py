@@ -49,10 +49,11 @@ def scan_backward_kernel(
     NB, L, CB, R, n_chunks, n_states, n_items, n_programs, s_u, s_dt, s_A, s_B, s_C, s_D, s_z, s_bias, s_dy,
     HAS_ADJOINT: tl.constexpr, S: tl.constexpr, F: tl.constexpr, BN: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
+    BD: tl.constexpr = F.BD  # Triton 3.6 takes no plain number beside a constexpr in a shape
     pid = tl.program_id(0)
     o_n = tl.arange(0, BN)
-    o_s = tl.arange(0, F.BD)[:, None] * BN + o_n[None, :]
-    p_scratch = scratch + pid.to(tl.int64) * (CB // STEPS) * F.BD * BN
+    o_s = tl.arange(0, BD)[:, None] * BN + o_n[None, :]
+    p_scratch = scratch + pid.to(tl.int64) * (CB // STEPS) * BD * BN
     # hoisting out of these two loops costs registers for what little the rare turns save
     for item in tl.range(pid, n_items, n_programs, disable_licm=True):
         i_t = item % F.T
@@ -74,14 +75,14 @@ def scan_backward_kernel(
         b_bias = 0.0
         if F.HAS_BIAS:
             b_bias = load_float(bias + i_k * s_bias + o_d, m_d)
-        b_g = tl.zeros([F.BD, BN], tl.float32)
+        b_g = tl.zeros([BD, BN], tl.float32)
         if HAS_ADJOINT:
             b_g = tl.load(adjoint + (i_kb * n_chunks + i_c) * F.D * F.N + o_dn, mask=m_dn, other=0.0)
-        b_dA = tl.zeros([F.BD, BN], tl.float32)
-        b_dB = tl.zeros([F.BD, BN], tl.float32)
-        b_dC = tl.zeros([F.BD, BN], tl.float32)
-        b_dD = tl.zeros([F.BD], tl.float32)
-        b_dbias = tl.zeros([F.BD], tl.float32)
+        b_dA = tl.zeros([BD, BN], tl.float32)
+        b_dB = tl.zeros([BD, BN], tl.float32)
+        b_dC = tl.zeros([BD, BN], tl.float32)
+        b_dD = tl.zeros([BD], tl.float32)
+        b_dbias = tl.zeros([BD], tl.float32)
         for i_r in tl.range(n_blocks, disable_licm=True):
             block = i_c * R + (left * i_r + (1 - left) * (n_blocks - 1 - i_r))
             n_steps = tl.minimum(CB, L - block * CB)
@@ -106,11 +107,11 @@ def scan_backward_kernel(
             p_dC = dC + (o_row if F.PACK_C else 0)
             b_h = tl.load(states + (i_kb * n_states + block) * F.D * F.N + o_dn, mask=m_dn, other=0.0)
             for i_s in range(n_sub):
-                tl.store(p_scratch + i_s * F.BD * BN + o_s, b_h)
+                tl.store(p_scratch + i_s * BD * BN + o_s, b_h)
                 for j in tl.static_range(STEPS):
                     i = i_s * STEPS + j
                     o = right * i
-                    m = m_d & (tl.full([F.BD], i, tl.int32) < n_steps)
+                    m = m_d & (tl.full([BD], i, tl.int32) < n_steps)
                     b_dl = masked_step(p_dt + o * S.dt + o_d, b_bias, m, F)
                     b_x = b_dl * load_float(p_u + o * S.u + o_d, m)
                     b_B = token_tile(p_B + o * S.B, o_d, o_n, tl.full([BN], i, tl.int32) < n_steps, m_dn, F.PACK_B, F)
@@ -119,13 +120,13 @@ def scan_backward_kernel(
             b_end = b_h
             for i_s in range(n_sub):
                 i_0 = (n_sub - 1 - i_s) * STEPS
-                b_h = tl.load(p_scratch + (n_sub - 1 - i_s) * F.BD * BN + o_s)
+                b_h = tl.load(p_scratch + (n_sub - 1 - i_s) * BD * BN + o_s)
                 hs = (b_h,)
                 dls = ()
                 us = ()
                 for j in tl.static_range(STEPS - 1):
                     o = right * (i_0 + j)
-                    m = m_d & (tl.full([F.BD], i_0 + j, tl.int32) < n_steps)
+                    m = m_d & (tl.full([BD], i_0 + j, tl.int32) < n_steps)
                     b_dl = masked_step(p_dt + o * S.dt + o_d, b_bias, m, F)
                     b_u = load_float(p_u + o * S.u + o_d, m)
                     m_n = tl.full([BN], i_0 + j, tl.int32) < n_steps
@@ -139,7 +140,7 @@ def scan_backward_kernel(
                 for j in tl.static_range(STEPS):
                     i = i_0 + STEPS - 1 - j
                     o = right * i
-                    m = m_d & (tl.full([F.BD], i, tl.int32) < n_steps)
+                    m = m_d & (tl.full([BD], i, tl.int32) < n_steps)
                     m_n = tl.full([BN], i, tl.int32) < n_steps
                     b_h = hs[STEPS - j]
                     if j == 0:
