@@ -9,12 +9,12 @@ from mmdet.datasets import CocoDataset
 from mmdet.datasets.api_wrappers import COCO
 from mmengine.logging import print_log
 
+from mmvim.arguments import check_choice, check_flags
 from mmvim.compat.types import kind_of
 from mmvim.datasets.annotations import class_names, read_annotations
 from mmvim.datasets.shapes import CLASSES, PALETTE, SPLITS, ensure_shapes
 from mmvim.datasets.transforms import decode_image
 from mmvim.errors import DataError
-from mmvim.models.layers.arguments import check_choice, check_flags
 from mmvim.registry import DATASETS
 
 

@@ -2,8 +2,8 @@
 
 from mmseg.datasets import BaseSegDataset
 
+from mmvim.arguments import check_choice
 from mmvim.datasets.shapes import CLASSES, PALETTE, SPLITS, ensure_shapes
-from mmvim.models.layers.arguments import check_choice
 from mmvim.registry import DATASETS
 
 

@@ -9,8 +9,8 @@ from mmcv.transforms import LoadImageFromFile as _LoadImageFromFile
 from mmengine import fileio
 from PIL import Image
 
+from mmvim.arguments import check_choice, check_flags
 from mmvim.errors import DataError
-from mmvim.models.layers.arguments import check_choice, check_flags
 from mmvim.registry import TRANSFORMS
 
 # A decoder returns a picture with a grey rest for a file that ends early; these end marks tell.

@@ -10,7 +10,7 @@ from mmengine.optim import OptimWrapper
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from mmvim.models.layers.arguments import check_positive
+from mmvim.arguments import check_positive
 from mmvim.registry import OPTIM_WRAPPERS
 
 DTYPES = dict(bfloat16=torch.bfloat16, float16=torch.float16)

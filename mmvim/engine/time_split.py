@@ -15,10 +15,10 @@ from mmengine.runner import Runner
 from torch import nn
 
 from mmvim.analysis.tables import table
+from mmvim.arguments import check_numbers
 from mmvim.engine.hooks import unwrapped
 from mmvim.errors import ConfigError
 from mmvim.machine import device_name, synchronize, versions
-from mmvim.models.layers.arguments import check_numbers
 from mmvim.registry import HOOKS
 
 DATA, PREPROCESSING, POST, METRIC, REST = 'data', 'preprocessing', 'post-processing', 'metric', 'rest'

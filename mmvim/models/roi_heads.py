@@ -14,8 +14,8 @@ from mmengine.model import ModuleList
 from mmengine.structures import InstanceData
 from torch import Tensor
 
+from mmvim.arguments import check_flags, check_numbers
 from mmvim.compat.types import kind_of
-from mmvim.models.layers.arguments import check_flags, check_numbers
 from mmvim.registry import MODELS, TASK_UTILS
 
 # n boxes of all images of a batch

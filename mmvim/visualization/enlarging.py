@@ -9,7 +9,7 @@ from mmdet.structures.mask import BitmapMasks, PolygonMasks
 from mmdet.visualization import DetLocalVisualizer
 from mmengine.structures import InstanceData
 
-from mmvim.models.layers.arguments import check_numbers, check_positive
+from mmvim.arguments import check_numbers, check_positive
 from mmvim.registry import VISUALIZERS
 
 

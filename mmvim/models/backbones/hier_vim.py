@@ -9,8 +9,7 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mmvim.checkpoints import load_hier_vim
-from mmvim.models.layers.arguments import (
+from mmvim.arguments import (
     as_indices,
     check_arch,
     check_backend,
@@ -23,6 +22,7 @@ from mmvim.models.layers.arguments import (
     check_rates,
     four_numbers,
 )
+from mmvim.checkpoints import load_hier_vim
 from mmvim.models.layers.norm import LayerNorm2d
 from mmvim.models.layers.vim_mixer import DIRECTIONS, VimMixer
 from mmvim.registry import MODELS

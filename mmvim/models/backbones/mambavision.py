@@ -10,8 +10,7 @@ from mmengine.utils.dl_utils.parrots_wrapper import _BatchNorm
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mmvim.checkpoints import load_published_mambavision
-from mmvim.models.layers.arguments import (
+from mmvim.arguments import (
     as_indices,
     check_arch,
     check_backend,
@@ -23,6 +22,7 @@ from mmvim.models.layers.arguments import (
     check_rates,
     four_numbers,
 )
+from mmvim.checkpoints import load_published_mambavision
 from mmvim.models.layers.mambavision_mixer import CONVS, DT_INITS, MERGES, MambaVisionMixer
 from mmvim.models.layers.norm import LayerNorm2d
 from mmvim.models.layers.transformer import Mlp, SelfAttention

@@ -8,8 +8,7 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mmvim.checkpoints import load_published_vim
-from mmvim.models.layers.arguments import (
+from mmvim.arguments import (
     as_indices,
     check_arch,
     check_backend,
@@ -24,6 +23,7 @@ from mmvim.models.layers.arguments import (
     check_rates,
     image_sides,
 )
+from mmvim.checkpoints import load_published_vim
 from mmvim.models.layers.patch_embed import PatchEmbed, PositionCache, lecun_normal_, resize_pos_embed
 from mmvim.models.layers.rotary import RotaryEmbedding2d
 from mmvim.models.layers.shapes import surely_equal

@@ -8,8 +8,7 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mmvim.checkpoints.deit import load_published_deit
-from mmvim.models.layers.arguments import (
+from mmvim.arguments import (
     as_indices,
     check_arch,
     check_choice,
@@ -22,6 +21,7 @@ from mmvim.models.layers.arguments import (
     check_rates,
     image_sides,
 )
+from mmvim.checkpoints.deit import load_published_deit
 from mmvim.models.layers.patch_embed import PatchEmbed, PositionCache, lecun_normal_, resize_pos_embed
 from mmvim.models.layers.shapes import surely_equal
 from mmvim.models.layers.transformer import Mlp, SelfAttention

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmvim.models.layers.arguments import check_choice
+from mmvim.arguments import check_choice
 from mmvim.models.layers.precision import at_least_float32
 from mmvim.models.layers.transformer import init_linear
 from ssm_kernels import DirectionWeights, causal_conv1d, load_backends, mamba_inner, same_conv1d

@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmvim.models.layers.arguments import check_numbers, check_positive
+from mmvim.arguments import check_numbers, check_positive
 from mmvim.registry import MODELS
 
 

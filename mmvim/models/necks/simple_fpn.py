@@ -8,7 +8,7 @@ from mmcv.cnn import build_norm_layer
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
-from mmvim.models.layers.arguments import check_init_cfg, check_numbers
+from mmvim.arguments import check_init_cfg, check_numbers
 from mmvim.registry import MODELS
 
 # B batch, D width of the backbone, C channels of the pyramid

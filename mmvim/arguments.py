@@ -1,4 +1,4 @@
-"""Checks of the arguments that several backbones share; each ends in a ValueError that names the argument."""
+"""Checks of arguments that several classes share; each ends in a ValueError that names the argument."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
