@@ -4,6 +4,8 @@ Importing this package loads PyTorch only; Numba and Triton load when a backend 
 ``load_backends``.
 """
 
+from functools import cache
+
 from . import add_rms_norm as _add_rms_norm
 from . import causal_conv1d as _causal_conv1d
 from . import mamba_inner as _mamba_inner
@@ -17,6 +19,7 @@ from .selective_scan import bidirectional_selective_scan, selective_scan, select
 _TABLES = tuple(room.BACKENDS for room in (_add_rms_norm, _causal_conv1d, _mamba_inner, _selective_scan))
 
 
+@cache
 def load_backends(backend: str | None = None) -> None:
     """Import a backend, or all that can run on a device of this machine, before the first call of an op.
 
