@@ -92,6 +92,15 @@ def sigmoid(x, FAST: tl.constexpr):
 
 
 @triton.jit
+def zero_rows(N: tl.constexpr, BD: tl.constexpr):
+    """N vectors of BD zeros as a tuple."""
+    rows = ()
+    for _ in tl.static_range(N):
+        rows = rows + (tl.zeros([BD], tl.float32),)
+    return rows
+
+
+@triton.jit
 def scalar_row(p, N: tl.constexpr, PACK: tl.constexpr):
     """N neighbouring values at a scalar pointer as a tuple of float32 scalars, PACK values by one load.
 

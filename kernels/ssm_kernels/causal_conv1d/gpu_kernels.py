@@ -18,7 +18,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from ..triton_utils import sigmoid
+from ..triton_utils import sigmoid, zero_rows
 
 
 class Shape(NamedTuple):
@@ -68,9 +68,11 @@ def load_row(p, i, L, m_d):
 @triton.jit
 def load_taps(weight, s_w, o_d, m_d, F: tl.constexpr):
     """K * W vectors in the order of the window's rows."""
+    K: tl.constexpr = F.K
+    W: tl.constexpr = F.W
     taps = ()
-    for k in tl.static_range(F.K):
-        for t in tl.static_range(F.W):
+    for k in tl.static_range(K):
+        for t in tl.static_range(W):
             j = F.W - 1 - t if F.BACKWARDS or k == 1 else t
             p = weight + k * s_w[0] + o_d * s_w[1] + j * s_w[2]
             taps = taps + (tl.load(p, mask=m_d, other=0.0).to(tl.float32),)
@@ -79,12 +81,13 @@ def load_taps(weight, s_w, o_d, m_d, F: tl.constexpr):
 
 @triton.jit
 def load_bias(bias, s_bias, o_d, m_d, F: tl.constexpr):
+    K: tl.constexpr = F.K
     rows = ()
-    for k in tl.static_range(F.K):
+    for k in tl.static_range(K):
         if F.HAS_BIAS:
             rows = rows + (tl.load(bias + k * s_bias[0] + o_d * s_bias[1], mask=m_d, other=0.0).to(tl.float32),)
         else:
-            rows = rows + (tl.zeros([F.BD], tl.float32),)
+            rows = rows + zero_rows(1, F.BD)
     return rows
 
 
@@ -97,18 +100,11 @@ def last_rows(rows, N: tl.constexpr, SKIP: tl.constexpr):
 
 
 @triton.jit
-def zero_rows(N: tl.constexpr, BD: tl.constexpr):
-    rows = ()
-    for _ in tl.static_range(N):
-        rows = rows + (tl.zeros([BD], tl.float32),)
-    return rows
-
-
-@triton.jit
 def before_activation(rows, taps, b_bias, u, k, F: tl.constexpr):
     """bias + sum_t taps[t] rows[t] for direction k, where the window starts at rows[u]."""
+    W: tl.constexpr = F.W
     b_a = b_bias[k]
-    for t in tl.static_range(F.W):
+    for t in tl.static_range(W):
         b_a += taps[k * F.W + t] * rows[u + k * (F.H - F.W) + t]
     return b_a
 
@@ -118,6 +114,8 @@ def conv_forward_kernel(
     x, weight, bias, y, NB, L, CH, n_chunks, s_x, s_w, s_bias, F: tl.constexpr, U: tl.constexpr
 ):  # fmt: skip
     """U tokens a turn: their loads are in flight together, and all stores come after them."""
+    H: tl.constexpr = F.H
+    K: tl.constexpr = F.K
     o_d, m_d, i_b, _, i_0, n_rows = work_of_program(L, CH, n_chunks, F)
     RIGHT: tl.constexpr = F.H - 1 - F.LEFT
     taps = load_taps(weight, s_w, o_d, m_d, F)
@@ -126,7 +124,7 @@ def conv_forward_kernel(
     p_y = y + (i_b * L + i_0) * F.D + o_d
     s_k = NB.to(tl.int64) * L * F.D
     window = ()
-    for i in tl.static_range(F.H - 1):
+    for i in tl.static_range(H - 1):
         window = window + (load_row(p_x + (i - F.LEFT) * F.S_X, i_0 + (i - F.LEFT), L, m_d),)
     for i in range(0, n_rows, U):
         rows = window
@@ -134,13 +132,13 @@ def conv_forward_kernel(
             rows = rows + (load_row(p_x + (u + RIGHT) * F.S_X, i_0 + i + (u + RIGHT), L, m_d),)
         ys = ()
         for u in tl.static_range(U):
-            for k in tl.static_range(F.K):
+            for k in tl.static_range(K):
                 b_y = before_activation(rows, taps, b_bias, u, k, F)
                 if F.SILU:
                     b_y *= sigmoid(b_y, F.FAST)
                 ys = ys + (b_y,)
         for u in tl.static_range(U):
-            for k in tl.static_range(F.K):
+            for k in tl.static_range(K):
                 b_y = ys[u * F.K + k].to(y.dtype.element_ty)
                 tl.store(p_y + k * s_k + u * F.D, b_y, mask=within(i + u, 0, n_rows, m_d))
         window = last_rows(rows, F.H - 1, U)
@@ -154,6 +152,9 @@ def conv_backward_kernel(
     F: tl.constexpr, U: tl.constexpr,
 ):  # fmt: skip
     """Walks H - 1 tokens more than the chunk has: gradients from beyond its ends reach rows of x inside."""
+    H: tl.constexpr = F.H
+    K: tl.constexpr = F.K
+    W: tl.constexpr = F.W
     o_d, m_d, i_b, i_c, i_0, n_rows = work_of_program(L, CH, n_chunks, F)
     RIGHT: tl.constexpr = F.H - 1 - F.LEFT
     taps = load_taps(weight, s_w, o_d, m_d, F)
@@ -163,7 +164,7 @@ def conv_backward_kernel(
     p_dy = dy + i_b * s_dy[1] + i_0.to(tl.int64) * S_DY + o_d
     p_dx = dx + (i_b * L + i_0 - F.LEFT) * F.D + o_d
     window = ()
-    for i in tl.static_range(F.H - 1):
+    for i in tl.static_range(H - 1):
         window = window + (load_row(p_x + (i - F.LEFT) * F.S_X, i_0 + (i - F.LEFT), L, m_d),)
     reached = zero_rows(F.H - 1, F.BD)  # gradients of the window's rows, as far as tokens were visited
     dw = zero_rows(F.K * F.W, F.BD)
@@ -173,14 +174,12 @@ def conv_backward_kernel(
         gs = ()
         for u in tl.static_range(U):
             rows = rows + (load_row(p_x + (u + RIGHT) * F.S_X, i_0 + i + (u + RIGHT), L, m_d),)
-            for k in tl.static_range(F.K):
+            for k in tl.static_range(K):
                 gs = gs + (load_row(p_dy + k * s_dy[0] + u * S_DY, i_0 + i + u, L, m_d),)
-        b_dx = reached
-        for _ in tl.static_range(U):
-            b_dx = b_dx + (tl.zeros([F.BD], tl.float32),)
+        b_dx = reached + zero_rows(U, F.BD)
         for u in tl.static_range(U):
             inside = within(i + u, RIGHT, RIGHT + n_rows, m_d)
-            for k in tl.static_range(F.K):
+            for k in tl.static_range(K):
                 b_g = gs[u * F.K + k]
                 if F.SILU:
                     b_a = before_activation(rows, taps, b_bias, u, k, F)
@@ -188,7 +187,7 @@ def conv_backward_kernel(
                     b_g *= b_sig * (1.0 + b_a * (1.0 - b_sig))
                 own = tl.where(inside, b_g, 0.0)
                 new_dx = ()
-                for r in tl.static_range(F.H - 1 + U):
+                for r in tl.static_range(H - 1 + U):
                     if r >= u + k * (F.H - F.W) and r < u + k * (F.H - F.W) + F.W:
                         new_dx = new_dx + (b_dx[r] + taps[k * F.W + r - u - k * (F.H - F.W)] * b_g,)
                     else:
@@ -196,8 +195,8 @@ def conv_backward_kernel(
                 b_dx = new_dx
                 new_dw = ()
                 new_dbias = ()
-                for q in tl.static_range(F.K):
-                    for t in tl.static_range(F.W):
+                for q in tl.static_range(K):
+                    for t in tl.static_range(W):
                         if q == k:
                             new_dw = new_dw + (dw[q * F.W + t] + own * rows[u + k * (F.H - F.W) + t],)
                         else:
@@ -214,9 +213,9 @@ def conv_backward_kernel(
         p_dy += U * S_DY
         p_dx += U * F.D
     n_sums: tl.constexpr = F.W + F.HAS_BIAS
-    for k in tl.static_range(F.K):
+    for k in tl.static_range(K):
         p_part = parts + ((k * NB.to(tl.int64) + i_b) * n_chunks + i_c) * n_sums * F.D + o_d
-        for t in tl.static_range(F.W):
+        for t in tl.static_range(W):
             j = F.W - 1 - t if F.BACKWARDS or k == 1 else t
             tl.store(p_part + j * F.D, dw[k * F.W + t], mask=m_d)
         if F.HAS_BIAS:

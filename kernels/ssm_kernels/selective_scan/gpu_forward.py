@@ -22,7 +22,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from ..triton_utils import LOG2E, exp2, join_columns, scalar_row, sigmoid, softplus, split_columns
+from ..triton_utils import LOG2E, exp2, join_columns, scalar_row, sigmoid, softplus, split_columns, zero_rows
 
 
 class Shape(NamedTuple):
@@ -95,19 +95,12 @@ def store_rows(p, rows, o_d, m_d, F: tl.constexpr):
 
 
 @triton.jit
-def zero_rows(F: tl.constexpr):
-    rows = ()
-    for _ in tl.static_range(F.N):
-        rows = rows + (tl.zeros([F.BD], tl.float32),)
-    return rows
-
-
-@triton.jit
 def decay_rows(p, s_d, s_n, o_d, m_d, F: tl.constexpr):
     """The columns of A times log2(e): exp(x A) = 2^(x result)."""
+    N: tl.constexpr = F.N
     rows = ()
     columns = load_rows(p, s_d, s_n, o_d, m_d, F)
-    for n in tl.static_range(F.N):
+    for n in tl.static_range(N):
         rows = rows + (columns[n] * LOG2E,)
     return rows
 
@@ -115,9 +108,10 @@ def decay_rows(p, s_d, s_n, o_d, m_d, F: tl.constexpr):
 @triton.jit
 def token_row(p, o_d, m_d, PACK: tl.constexpr, F: tl.constexpr):
     """B or C of one token: N scalars shared by the tile; if constant over the tokens, N rows of a (N, D) matrix."""
+    N: tl.constexpr = F.N
     if PACK == 0:
         rows = ()
-        for n in tl.static_range(F.N):
+        for n in tl.static_range(N):
             rows = rows + (load_float(p + n * F.D + o_d, m_d),)
         return rows
     else:
@@ -151,6 +145,7 @@ def state_steps(
     h, b_sum, b_A, b_bias, p_x, p_dt, p_z, p_R, scale, i, o_d, m_d, STEPS: tl.constexpr, RIGHT: tl.constexpr,
     S_x: tl.constexpr, S_R: tl.constexpr, PACK: tl.constexpr, ADJOINT: tl.constexpr, S: tl.constexpr, F: tl.constexpr,
 ):  # fmt: skip
+    N: tl.constexpr = F.N
     for j in tl.static_range(STEPS):
         o = (i + j) * RIGHT
         b_dl = step_size(p_dt + o * S.dt + o_d, b_bias, m_d, F)
@@ -163,11 +158,11 @@ def state_steps(
             if F.HAS_Z:
                 b_z = load_float(p_z + o * S.z + o_d, m_d)
                 b_x *= b_z * sigmoid(b_z, F.FAST)
-            for n in tl.static_range(F.N):
+            for n in tl.static_range(N):
                 new = new + (exp2(b_dl * b_A[n], F.FAST) * (b_x * b_R[n] + h[n]),)
         else:
             b_x *= b_dl
-            for n in tl.static_range(F.N):
+            for n in tl.static_range(N):
                 new = new + (exp2(b_dl * b_A[n], F.FAST) * h[n] + b_x * b_R[n],)
         h = new
     return h, b_sum
@@ -192,8 +187,9 @@ def chunk_state(
     b_bias = 0.0
     if F.HAS_BIAS:
         b_bias = load_float(bias + i_k * s_bias + o_d, m_d)
-    h = zero_rows(F)
-    b_sum = tl.zeros([F.BD], tl.float32)
+    h = zero_rows(F.N, F.BD)
+    BD: tl.constexpr = F.BD
+    b_sum = tl.zeros([BD], tl.float32)
     n_unrolled = n_steps // U * U
     for i in range(0, n_unrolled, U):
         h, b_sum = state_steps(
@@ -282,6 +278,7 @@ def scan_steps(
     h, b_A, b_D, b_bias, p_u, p_dt, p_z, p_B, p_C, p_y, p_acc, scale, i, o_d, m_d, STEPS: tl.constexpr,
     I_K: tl.constexpr, RIGHT: tl.constexpr, S: tl.constexpr, F: tl.constexpr,
 ):  # fmt: skip
+    N: tl.constexpr = F.N
     ys = ()
     for j in tl.static_range(STEPS):
         o = (i + j) * RIGHT
@@ -291,11 +288,11 @@ def scan_steps(
         b_C = token_row(p_C + o * S.C, o_d, m_d, F.PACK_C, F)
         b_x = b_dl * b_u
         new = ()
-        for n in tl.static_range(F.N):
+        for n in tl.static_range(N):
             new = new + (exp2(b_dl * b_A[n], F.FAST) * h[n] + b_x * b_B[n],)
         h = new
         b_y = h[0] * b_C[0]
-        for n in tl.static_range(1, F.N):
+        for n in tl.static_range(1, N):
             b_y += h[n] * b_C[n]
         if F.HAS_D:
             b_y += b_D * b_u
@@ -347,7 +344,7 @@ def scan_direction(
     if CHUNKED:
         h = load_rows(p_state, F.N, 1, o_d, m_d, F)
     else:
-        h = zero_rows(F)
+        h = zero_rows(F.N, F.BD)
     for i_r in range(n_blocks):
         if SAVE:
             store_rows(p_state + i_r * (RIGHT * F.N * F.D), h, o_d, m_d, F)
