@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,14 @@ import torch
 from mmengine.registry import DefaultScope
 
 import mmvim  # noqa: F401  (before any host: it serves the ops that mmcv was installed without)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Share the cores among the workers of `pytest -n`, and with the processes that they start."""
+    if workers := getattr(config, 'workerinput', {}).get('workercount'):
+        threads = max(1, (os.cpu_count() or 1) // workers)
+        os.environ.setdefault('OMP_NUM_THREADS', str(threads))
+        torch.set_num_threads(threads)
 
 
 def accelerator() -> str | None:

@@ -66,7 +66,9 @@ def gradients(model, image):
 @pytest.mark.parametrize(
     'settings', [dict(attention='sdpa'), dict(attention='materialized'), dict(with_cp=True)], ids=str
 )
-@pytest.mark.parametrize('case', MAPS)
+@pytest.mark.parametrize(
+    'case', [case if '208' in case else pytest.param(case, marks=pytest.mark.slow) for case in MAPS]
+)
 def test_gradients_are_those_of_float64_by_finite_differences(case, settings, fill_parameters, reference_input):
     """Along a random direction for each parameter; float32 keeps to float64 within 1e-4 of the norm."""
     seed, height, width, kwargs = MAPS[case]

@@ -38,7 +38,7 @@ def run_tool():
     def run(name, *arguments, cwd, processes=1):
         start = [sys.executable, '-W', 'ignore']
         if processes > 1:
-            start += ['-m', 'torch.distributed.run', f'--nproc_per_node={processes}', '--master_port=29611']
+            start += ['-m', 'torch.distributed.run', f'--nproc_per_node={processes}', '--standalone']
         command = [*start, str(REPOSITORY / 'tools' / f'{name}.py'), *map(str, arguments)]
         return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600)
 
