@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..operators import define, refuse_second_derivative
-from ..triton_utils import empty, on_device
+from ...operators import define, refuse_second_derivative
+from ...triton_utils import empty, on_device
 
 FORWARD_TILE, BACKWARD_TILE = 2048, 1024  # values that a program holds at a time, if a row is not longer
 MAX_BACKWARD_PROGRAMS = 1056  # 8 on each of the 132 multiprocessors of an H100; bounds the partial sums

@@ -8,8 +8,8 @@ import torch
 import triton
 from torch import Tensor
 
-from ..operators import define, refuse_second_derivative
-from ..triton_utils import empty, fast_math, on_device, widest_pack
+from ...operators import define, refuse_second_derivative
+from ...triton_utils import empty, fast_math, on_device, widest_pack
 from .gpu_backward import scan_backward_kernel
 from .gpu_forward import RowStrides, Shape, chunk_state_kernel, pass_state_kernel, scan_forward_kernel
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from ..arguments import (
+from ...arguments import (
     autocast_dtype,
     check_beside,
     check_flag,
@@ -21,7 +21,7 @@ from ..arguments import (
     parameter_dtypes,
     shape_of,
 )
-from ..dispatch import Backend, choose_backend, numba_why_not, triton_why_not
+from ...dispatch import Backend, choose_backend, numba_why_not, triton_why_not
 from .reference import selective_scan_reference
 
 MAX_STATE_SIZE = 256

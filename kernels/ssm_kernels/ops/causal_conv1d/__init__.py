@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from ..arguments import (
+from ...arguments import (
     autocast_dtype,
     check_beside,
     check_choice,
@@ -21,7 +21,7 @@ from ..arguments import (
     parameter_dtypes,
     shape_of,
 )
-from ..dispatch import Backend, choose_backend, numba_why_not, triton_why_not
+from ...dispatch import Backend, choose_backend, numba_why_not, triton_why_not
 from .reference import causal_conv1d_reference
 
 MIN_WIDTH, MAX_WIDTH = 2, 4

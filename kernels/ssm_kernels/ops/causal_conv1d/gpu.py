@@ -7,8 +7,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..operators import define, refuse_second_derivative
-from ..triton_utils import empty, fast_math, on_device
+from ...operators import define, refuse_second_derivative
+from ...triton_utils import empty, fast_math, on_device
 from .gpu_kernels import Shape, conv_backward_kernel, conv_forward_kernel
 
 UNROLL = 4  # tokens a turn

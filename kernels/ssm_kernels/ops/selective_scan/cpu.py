@@ -7,8 +7,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..cpu_threads import address, empty, rows, whole
-from ..operators import define, refuse_second_derivative
+from ...cpu_threads import address, empty, rows, whole
+from ...operators import define, refuse_second_derivative
 from . import cpu_kernel
 
 SLAB = 6  # tiles that one forward task takes where there are enough tasks for all threads

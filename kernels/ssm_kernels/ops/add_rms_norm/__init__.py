@@ -12,8 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..arguments import autocast_dtype, check_beside, check_number, check_tensor, fail, parameter_dtypes, shape_of
-from ..dispatch import Backend, choose_backend, numba_why_not, triton_why_not
+from ...arguments import autocast_dtype, check_beside, check_number, check_tensor, fail, parameter_dtypes, shape_of
+from ...dispatch import Backend, choose_backend, numba_why_not, triton_why_not
 from .reference import add_rms_norm_reference
 
 MAX_TRITON_DIM = 8192

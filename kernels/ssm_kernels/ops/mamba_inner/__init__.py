@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..arguments import (
+from ...arguments import (
     autocast_dtype,
     check_beside,
     check_choice,
@@ -24,7 +24,7 @@ from ..arguments import (
     parameter_dtypes,
     shape_of,
 )
-from ..dispatch import Backend, choose_backend, numba_why_not
+from ...dispatch import Backend, choose_backend, numba_why_not
 from ..selective_scan import scan_triton_why_not
 from .composed import mamba_inner_composed
 
