@@ -3,8 +3,8 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
-from ssm_kernels.causal_conv1d import MAX_WIDTH, MIN_WIDTH
-from ssm_kernels.mamba_inner import BACKENDS
+from ssm_kernels.ops.causal_conv1d import MAX_WIDTH, MIN_WIDTH
+from ssm_kernels.ops.mamba_inner import BACKENDS
 
 INTERPOLATIONS = ('bicubic', 'bilinear', 'nearest', 'nearest-exact', 'area')
 

@@ -6,15 +6,15 @@ Importing this package loads PyTorch only; Numba and Triton load when a backend 
 
 from functools import cache
 
-from . import add_rms_norm as _add_rms_norm
-from . import causal_conv1d as _causal_conv1d
-from . import mamba_inner as _mamba_inner
-from . import selective_scan as _selective_scan
-from .add_rms_norm import add_rms_norm
-from .causal_conv1d import bidirectional_causal_conv1d, causal_conv1d, causal_conv1d_fn, same_conv1d
 from .dispatch import load_tables
-from .mamba_inner import DirectionWeights, mamba_inner
-from .selective_scan import bidirectional_selective_scan, selective_scan, selective_scan_fn
+from .ops import add_rms_norm as _add_rms_norm
+from .ops import causal_conv1d as _causal_conv1d
+from .ops import mamba_inner as _mamba_inner
+from .ops import selective_scan as _selective_scan
+from .ops.add_rms_norm import add_rms_norm
+from .ops.causal_conv1d import bidirectional_causal_conv1d, causal_conv1d, causal_conv1d_fn, same_conv1d
+from .ops.mamba_inner import DirectionWeights, mamba_inner
+from .ops.selective_scan import bidirectional_selective_scan, selective_scan, selective_scan_fn
 
 _TABLES = tuple(room.BACKENDS for room in (_add_rms_norm, _causal_conv1d, _mamba_inner, _selective_scan))
 
@@ -27,7 +27,7 @@ def load_backends(backend: str | None = None) -> None:
     while it traces, Numba cannot be imported. What cannot be imported at all is left to the call that needs it.
 
     Args:
-        backend: what the ops will be called with.
+        backend: what the ops will be called with: 'triton', 'numba' or 'torch'; None for all of them.
     """
     load_tables(_TABLES, backend)
 

@@ -20,10 +20,12 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 
 def fail(op: str, name: str, problem: str) -> NoReturn:
+    """Raises the ValueError of an op about its argument of this name."""
     raise ValueError(f'{op}: {name} {problem}')
 
 
 def shape_of(x: Tensor) -> str:
+    """The shape as messages give it: (2, 7, 6)."""
     return str(tuple(x.shape))
 
 
@@ -44,9 +46,22 @@ def check_tensor(op: str, name: str, x: Tensor) -> None:
 
 
 def check_beside(
-    op: str, name: str, tensor: Tensor, x: Tensor, dtypes: tuple[torch.dtype, ...], x_name: str = 'x'
+    op: str,
+    name: str,
+    tensor: Tensor | None,
+    x: Tensor,
+    dtypes: tuple[torch.dtype, ...],
+    x_name: str = 'x',
+    optional: bool = False,
 ) -> None:
-    """Raises ValueError unless tensor is dense, on the device of the op's input x and has one of the dtypes."""
+    """Raises ValueError unless tensor is dense, on the device of the op's input x and has one of the dtypes.
+
+    Args:
+        op: name of the op, for the message, as are ``name`` and ``x_name``.
+        optional: whether None will do as well.
+    """
+    if tensor is None and optional:
+        return
     if (
         isinstance(tensor, Tensor)
         and tensor.dtype in dtypes
@@ -62,7 +77,29 @@ def check_beside(
     fail(op, name, f'has dtype {tensor.dtype}, {x_name} has {x.dtype}; {name} must be {legal}')
 
 
+def check_shape(
+    op: str, name: str, tensor: Tensor | None, wanted: tuple[int, ...], x: Tensor, x_name: str = 'x', free: str = ''
+) -> None:
+    """Raises ValueError unless tensor, where there is one, has the shape that follows from the op's input x.
+
+    Args:
+        wanted: the sizes.
+        free: name of one more size at the end, which may be any.
+    """
+    if tensor is None or (tensor.shape[:-1] if free else tensor.shape) == wanted:
+        return
+    legal = f'({", ".join(map(str, wanted))}, {free})' if free else tuple(wanted)
+    fail(op, name, f'has shape {shape_of(tensor)}, must be {legal} for {x_name} of shape {shape_of(x)}')
+
+
+def check_same_shape(op: str, name: str, tensor: Tensor | None, x: Tensor, x_name: str = 'x') -> None:
+    """Raises ValueError unless tensor, where there is one, has the shape of the op's input x."""
+    if tensor is not None and tensor.shape != x.shape:
+        fail(op, name, f'has shape {shape_of(tensor)}, must equal that of {x_name}, {shape_of(x)}')
+
+
 def check_flag(op: str, name: str, value: Any) -> None:
+    """Raises ValueError unless value is True or False; 1 and numpy's True are neither."""
     if value is not True and value is not False:
         fail(op, name, f'must be True or False, got {value!r}')
 
@@ -76,8 +113,14 @@ def check_number(op: str, name: str, value: Any, least: float = -math.inf) -> No
 
 
 def check_choice(op: str, name: str, value: Any, choices: tuple[str | None, ...]) -> None:
+    """Raises ValueError unless value is one of the choices."""
     if not (value is None or isinstance(value, str)) or value not in choices:
         fail(op, name, f'must be {" or ".join(map(repr, choices))}, got {value!r}')
+
+
+def activation_dtypes(x: Tensor) -> tuple[torch.dtype, ...]:
+    """What an op's other activations may be beside x: of its dtype; under autocast anything up to float32."""
+    return (x.dtype,) if autocast_dtype(x) is None else DTYPES[:3]
 
 
 def parameter_dtypes(x: Tensor) -> tuple[torch.dtype, ...]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
+from torch import Tensor
 
 _library = torch.library.Library('ssm_kernels', 'FRAGMENT')
 
@@ -39,3 +40,13 @@ def refuse_second_derivative(backward: torch._ops.OpOverload) -> None:
         raise RuntimeError(f"{room}: backend '{backend}' has no second derivative; take backend='torch'")
 
     torch.library.register_autograd(backward, refuse, lib=_library)
+
+
+def fake_gradients(first: Tensor, *others: Tensor | None) -> tuple[Tensor, ...]:
+    """What a backward operator returns for these tensors, unfilled: of size 0 where there is none."""
+    return tuple(first.new_empty(0) if x is None else x.new_empty(x.shape) for x in (first, *others))
+
+
+def gradients_of_given(tensors: Iterable[Tensor | None], gradients: Iterable[Tensor]) -> tuple[Tensor | None, ...]:
+    """The gradients of a backward operator as autograd takes them: None where there is no tensor."""
+    return tuple(None if x is None else g for x, g in zip(tensors, gradients, strict=True))

@@ -35,6 +35,11 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> Tensor:
     return torch.empty(shape, dtype=dtype, device=like.device)
 
 
+def dense_rows(x: Tensor) -> Tensor:
+    """x with neighbouring channels next to each other, as the kernels take them; other strides are free."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 @triton.jit
 def exp2(x, FAST: tl.constexpr):
     """2^x in float32. FAST: one instruction on NVIDIA, 2 units in the last place, denormals are zero."""

@@ -5,16 +5,14 @@ The Triton backend has a module of its own, test_add_rms_norm_triton.py.
 
 # T tokens, D channels
 
-import importlib
-
 import cases_add_rms_norm as cases
 import pytest
 import torch
 import torch.nn.functional as F
 
 from ssm_kernels import add_rms_norm
+from ssm_kernels.ops import add_rms_norm as room
 
-room = importlib.import_module('ssm_kernels.add_rms_norm')  # the package's attribute is the function
 ON_CPU = [backend.name for backend in room.BACKENDS if backend.name != 'triton']
 COMPILED = [name for name in ON_CPU if name != 'torch']
 
@@ -23,7 +21,8 @@ COMPILED = [name for name in ON_CPU if name != 'torch']
 def kernels(monkeypatch):
     """The module of the CPU operators, with poisoned memory."""
     pytest.importorskip('numba')
-    cpu = importlib.import_module('ssm_kernels.add_rms_norm.cpu')
+    from ssm_kernels.ops.add_rms_norm import cpu
+
     monkeypatch.setattr(cpu, 'empty', lambda *shape: torch.full(shape, float('nan'), dtype=torch.float32))
     return cpu
 
@@ -175,7 +174,8 @@ def test_a_chain_of_blocks(backend, dtype):
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
 def test_opcheck(added, dtype):
     pytest.importorskip('numba')
-    cpu = importlib.import_module('ssm_kernels.add_rms_norm.cpu')
+    from ssm_kernels.ops.add_rms_norm import cpu
+
     args = tensors(dtype, tokens=(3,), D=5, added=added)
     leaves = [None if t is None else t.clone().requires_grad_() for t in args]
     torch.library.opcheck(cpu.forward_op, (*leaves, 1e-5, dtype))

@@ -2,7 +2,6 @@
 
 # T tokens, D channels
 
-import importlib
 from types import SimpleNamespace
 
 import pytest
@@ -22,9 +21,9 @@ from triton_runs import (  # noqa: E402
     where_it_runs,
 )
 
-from ssm_kernels.add_rms_norm import gpu  # noqa: E402
+from ssm_kernels.ops import add_rms_norm as room  # noqa: E402
+from ssm_kernels.ops.add_rms_norm import gpu  # noqa: E402
 
-room = importlib.import_module('ssm_kernels.add_rms_norm')  # the package's attribute is the function
 TRITON = room.BACKENDS[0]
 
 

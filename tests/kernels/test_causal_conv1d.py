@@ -5,16 +5,14 @@ The Triton backend has a module of its own, test_causal_conv1d_triton.py.
 
 # K directions, B batch, L tokens, D channels, W width
 
-import importlib
-
 import cases_causal_conv1d as cases
 import pytest
 import torch
 import torch.nn.functional as F
 
 from ssm_kernels import bidirectional_causal_conv1d, causal_conv1d, causal_conv1d_fn, same_conv1d
+from ssm_kernels.ops import causal_conv1d as room
 
-room = importlib.import_module('ssm_kernels.causal_conv1d')  # the package's attribute is the function
 ON_CPU = [backend.name for backend in room.BACKENDS if backend.name != 'triton']
 COMPILED = [name for name in ON_CPU if name != 'torch']
 PADDINGS = ('causal', 'anticausal', 'both', 'same')
@@ -24,7 +22,8 @@ PADDINGS = ('causal', 'anticausal', 'both', 'same')
 def kernels(monkeypatch):
     """The module of the CPU operators, with poisoned memory."""
     pytest.importorskip('numba')
-    cpu = importlib.import_module('ssm_kernels.causal_conv1d.cpu')
+    from ssm_kernels.ops.causal_conv1d import cpu
+
     monkeypatch.setattr(cpu, 'empty', lambda *shape: torch.full(shape, float('nan'), dtype=torch.float32))
     return cpu
 
@@ -181,7 +180,8 @@ def test_gradients_only_where_asked(backend):
 @pytest.mark.parametrize('bias', [True, False])
 def test_opcheck(padding, bias):
     pytest.importorskip('numba')
-    cpu = importlib.import_module('ssm_kernels.causal_conv1d.cpu')
+    from ssm_kernels.ops.causal_conv1d import cpu
+
     case, (x, weight, bias) = tensors(L=3, D=5, padding=padding, bias=bias)
     if padding != 'both':
         weight, bias = weight[None], None if bias is None else bias[None]

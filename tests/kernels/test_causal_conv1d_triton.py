@@ -2,7 +2,6 @@
 
 # K directions, B batch, L tokens, D channels, W width
 
-import importlib
 from types import SimpleNamespace
 
 import pytest
@@ -22,9 +21,9 @@ from triton_runs import (  # noqa: E402
     where_it_runs,
 )
 
-from ssm_kernels.causal_conv1d import gpu  # noqa: E402
+from ssm_kernels.ops import causal_conv1d as room  # noqa: E402
+from ssm_kernels.ops.causal_conv1d import gpu  # noqa: E402
 
-room = importlib.import_module('ssm_kernels.causal_conv1d')  # the package's attribute is the function
 TRITON = room.BACKENDS[0]
 
 

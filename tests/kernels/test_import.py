@@ -1,7 +1,10 @@
 """Importing the package is light: backends load on first use."""
 
+import inspect
 import subprocess
 import sys
+
+import ssm_kernels
 
 HEAVY = ('triton', 'numba', 'torch._dynamo', 'mmengine', 'mmcv')
 
@@ -20,3 +23,10 @@ def test_backends_load_on_first_use():
     )
     result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
     assert result.stdout.split() == ['False', 'True']
+
+
+def test_names_of_functions_are_functions_alone():
+    for name in ('selective_scan', 'causal_conv1d', 'add_rms_norm', 'mamba_inner'):
+        assert inspect.isfunction(getattr(ssm_kernels, name))
+        assert inspect.ismodule(getattr(ssm_kernels.ops, name))
+        assert f'ssm_kernels.{name}' not in sys.modules

@@ -11,7 +11,7 @@ from ssm_kernels import DirectionWeights, mamba_inner
 
 pytest.importorskip('numba')
 from ssm_kernels import cpu_threads  # noqa: E402
-from ssm_kernels.mamba_inner import cpu, cpu_kernel  # noqa: E402
+from ssm_kernels.ops.mamba_inner import cpu, cpu_kernel  # noqa: E402
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,7 +3,6 @@
 # K directions, B batch, L tokens, D channels, N state size, G groups of channels
 
 import gc
-import importlib.util
 import os
 import platform
 import subprocess
@@ -11,6 +10,7 @@ import sys
 import threading
 from pathlib import Path
 
+import cases
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,14 +19,9 @@ from ssm_kernels import bidirectional_selective_scan, selective_scan, selective_
 
 pytest.importorskip('numba')
 from ssm_kernels import cpu_threads, cpu_vectors  # noqa: E402
-from ssm_kernels.selective_scan import cpu, cpu_kernel  # noqa: E402
-
-scan_module = importlib.import_module('ssm_kernels.selective_scan')  # the package's attribute is the function
+from ssm_kernels.ops.selective_scan import cpu, cpu_kernel  # noqa: E402
 
 KERNELS = Path(__file__).parents[2] / 'kernels'
-_spec = importlib.util.spec_from_file_location('ssm_cases', KERNELS / 'benchmarks' / 'cases.py')
-cases = sys.modules['ssm_cases'] = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(cases)
 
 
 @pytest.fixture(autouse=True)
@@ -502,7 +497,7 @@ def compiled():
 
 def test_a_second_process_loads_compiled_code_from_disk(compiled):
     code = (
-        'from ssm_kernels.selective_scan import cpu_kernel\n'
+        'from ssm_kernels.ops.selective_scan import cpu_kernel\n'
         'for worker in (cpu_kernel.forward, cpu_kernel.backward):\n'
         '    worker.entry(); print(worker.compiled.cache_hits)\n'
     )
@@ -554,7 +549,7 @@ def test_avx512_gets_whole_registers():
     code = (
         'import re\n'
         'from numba import types\n'
-        'from ssm_kernels.selective_scan import cpu_kernel\n'
+        'from ssm_kernels.ops.selective_scan import cpu_kernel\n'
         'cpu_kernel.scan_rows.compile((types.int64,) * 9)\n'
         'code = next(iter(cpu_kernel.scan_rows.inspect_asm().values()))\n'
         'print(cpu_kernel.LANES, len(re.findall("vfmadd.*%zmm", code)), len(re.findall("vfmadd.*%ymm", code)))\n'

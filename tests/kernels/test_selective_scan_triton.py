@@ -2,7 +2,6 @@
 
 # K directions, B batch, L tokens, D channels, N state size, G groups of channels
 
-import importlib
 from types import SimpleNamespace
 
 import pytest
@@ -22,10 +21,10 @@ from triton_runs import (  # noqa: E402
     where_it_runs,
 )
 
-from ssm_kernels.selective_scan import gpu  # noqa: E402
+from ssm_kernels.ops import selective_scan as room  # noqa: E402
+from ssm_kernels.ops.selective_scan import gpu  # noqa: E402
 
-scan_module = importlib.import_module('ssm_kernels.selective_scan')  # the package's attribute is the function
-TRITON = scan_module.BACKENDS[0]
+TRITON = room.BACKENDS[0]
 
 
 @skip_in_interpreter
@@ -40,7 +39,7 @@ def poisoned_memory(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def triton_row(monkeypatch):
-    return put_triton_first(monkeypatch, scan_module, gpu.selective_scan_triton)
+    return put_triton_first(monkeypatch, room, gpu.selective_scan_triton)
 
 
 @pytest.fixture

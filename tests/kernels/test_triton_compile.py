@@ -19,9 +19,9 @@ triton = pytest.importorskip('triton')
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime.driver import driver  # noqa: E402
 
-from ssm_kernels.add_rms_norm import gpu as norm_gpu  # noqa: E402
-from ssm_kernels.causal_conv1d import gpu as conv_gpu  # noqa: E402
-from ssm_kernels.selective_scan import gpu  # noqa: E402
+from ssm_kernels.ops.add_rms_norm import gpu as norm_gpu  # noqa: E402
+from ssm_kernels.ops.causal_conv1d import gpu as conv_gpu  # noqa: E402
+from ssm_kernels.ops.selective_scan import gpu  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     os.environ.get('TRITON_INTERPRET') == '1', reason='interpreted kernels cannot be compiled in the same process'

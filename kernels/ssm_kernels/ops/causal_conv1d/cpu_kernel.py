@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from numba import carray
 
-from ..cpu_threads import Worker
-from ..cpu_vectors import (
+from ...cpu_threads import Worker
+from ...cpu_vectors import (
     FB,
     LANES,
     VB,

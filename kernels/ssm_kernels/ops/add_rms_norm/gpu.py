@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..operators import define, refuse_second_derivative
-from ..triton_utils import empty, on_device
+from ...operators import define, refuse_second_derivative
+from ...triton_utils import dense_rows, empty, on_device
 
 FORWARD_TILE, BACKWARD_TILE = 2048, 1024  # values that a program holds at a time, if a row is not longer
 MAX_BACKWARD_PROGRAMS = 1056  # 8 on each of the 132 multiprocessors of an H100; bounds the partial sums
@@ -82,10 +82,6 @@ def _tile(dim: int, values: int) -> tuple[int, int, int]:
     return max(1, values // width), width, min(16, max(4, width // 512))
 
 
-def _dense_rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def _starts_with(x: Tensor, residual: Tensor | None) -> bool:
     """Whether the new residual is x itself, so that nobody writes it."""
     return residual is None and x.dtype == torch.float32
@@ -94,8 +90,8 @@ def _starts_with(x: Tensor, residual: Tensor | None) -> bool:
 def _forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    x = _dense_rows(x)
-    residual = None if residual is None else _dense_rows(residual)
+    x = dense_rows(x)
+    residual = None if residual is None else dense_rows(residual)
     tokens, dim = x.shape
     store = not _starts_with(x, residual)
     out = empty((tokens, dim), out_dtype, x)
@@ -121,8 +117,8 @@ def _backward(
     added: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x where its dtype is not float32 or nothing was added to it, of the residual, and of weight."""
-    dout, stream = _dense_rows(dout), _dense_rows(stream)
-    dstream = None if dstream is None else _dense_rows(dstream)
+    dout, stream = dense_rows(dout), dense_rows(stream)
+    dstream = None if dstream is None else dense_rows(dstream)
     tokens, dim = stream.shape
     store_dx = not added or x_dtype != torch.float32
     dx = empty((tokens, dim) if store_dx else (0,), x_dtype, stream)

@@ -11,17 +11,18 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from ..arguments import (
+from ...arguments import (
     autocast_dtype,
     check_beside,
     check_choice,
     check_flag,
+    check_shape,
     check_tensor,
     fail,
     parameter_dtypes,
     shape_of,
 )
-from ..dispatch import Backend, choose_backend, numba_why_not, triton_why_not
+from ...dispatch import Backend, choose_backend, numba_why_not, triton_why_not
 from .reference import causal_conv1d_reference
 
 MIN_WIDTH, MAX_WIDTH = 2, 4
@@ -186,19 +187,12 @@ def _check(
     check_tensor(op, 'x', x)
     legal = parameter_dtypes(x)
     check_beside(op, 'weight', weight, x, legal)
-    if bias is not None:
-        check_beside(op, 'bias', bias, x, legal)
+    check_beside(op, 'bias', bias, x, legal, optional=True)
     if x.dim() != 3:
         fail(op, 'x', f'has shape {shape_of(x)}, must be {"(B, D, L)" if channels_first else "(B, L, D)"}')
     wanted = (*lead, x.shape[1 if channels_first else 2])
-    if weight.dim() != len(wanted) + 1 or weight.shape[:-1] != wanted:
-        legal_shape = f'({", ".join(map(str, wanted))}, W)'
-        fail(op, 'weight', f'has shape {shape_of(weight)}, must be {legal_shape} for x of shape {shape_of(x)}')
-    if not MIN_WIDTH <= weight.shape[-1] <= MAX_WIDTH:
-        fail(
-            op,
-            'weight',
-            f'has shape {shape_of(weight)}: width {weight.shape[-1]}, legal are {MIN_WIDTH} to {MAX_WIDTH}',
-        )
-    if bias is not None and bias.shape != wanted:
-        fail(op, 'bias', f'has shape {shape_of(bias)}, must be {wanted} for x of shape {shape_of(x)}')
+    check_shape(op, 'weight', weight, wanted, x, free='W')
+    width = weight.shape[-1]
+    if not MIN_WIDTH <= width <= MAX_WIDTH:
+        fail(op, 'weight', f'has shape {shape_of(weight)}: width {width}, legal are {MIN_WIDTH} to {MAX_WIDTH}')
+    check_shape(op, 'bias', bias, wanted, x)

@@ -13,22 +13,24 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..arguments import (
+from ...arguments import (
+    activation_dtypes,
     autocast_dtype,
     check_beside,
     check_choice,
     check_flag,
     check_number,
+    check_same_shape,
+    check_shape,
     check_tensor,
     fail,
     parameter_dtypes,
     shape_of,
 )
-from ..dispatch import Backend, choose_backend, numba_why_not
+from ...dispatch import Backend, choose_backend, numba_why_not
+from ..causal_conv1d import MAX_WIDTH, MIN_WIDTH
 from ..selective_scan import scan_triton_why_not
 from .composed import mamba_inner_composed
-
-MAX_WIDTH = 4
 
 
 class DirectionWeights(NamedTuple):
@@ -54,6 +56,9 @@ class DirectionWeights(NamedTuple):
 
 
 OPTIONAL = ('conv_bias', 'D', 'dt_bias')
+_NAMES = tuple(
+    tuple((f'weights[{k}].{field}', field in OPTIONAL) for field in DirectionWeights._fields) for k in range(2)
+)
 
 
 def _load_numba() -> Callable:
@@ -146,30 +151,27 @@ def _check(
     check_tensor(op, 'x', x)
     if x.dim() != 3:
         fail(op, 'x', f'has shape {shape_of(x)}, must be (B, L, D)')
-    if z is not None:
-        check_beside(op, 'z', z, x, (x.dtype,) if autocast_dtype(x) is None else parameter_dtypes(x))
-        if z.shape != x.shape:
-            fail(op, 'z', f'has shape {shape_of(z)}, must equal that of x, {shape_of(x)}')
+    check_beside(op, 'z', z, x, activation_dtypes(x), optional=True)
+    check_same_shape(op, 'z', z, x)
     if len(weights) not in (1, 2):
         fail(op, 'weights', f'has {len(weights)} directions, must have 1 or 2')
     if len(weights) == 2 and (reverse or padding == 'same'):
         fail(op, 'reverse' if reverse else 'padding', 'is for one direction, weights has 2')
     if reverse and padding == 'same':
         fail(op, 'reverse', "is for padding='causal'")
-    dim, legal = x.shape[2], parameter_dtypes(x)
-    for k, w in enumerate(weights):
-        where = f'weights[{k}].'
-        for name, tensor in zip(w._fields, w, strict=True):
-            if tensor is not None or name not in OPTIONAL:
-                check_beside(op, where + name, tensor, x, legal)
-        first = weights[0]
-        n = first.A.shape[1] if first.A.dim() == 2 else 0
-        rank = first.dt_proj.shape[1] if first.dt_proj.dim() == 2 else 0
-        width = first.conv_weight.shape[1] if first.conv_weight.dim() == 2 else 0
-        if not 2 <= width <= MAX_WIDTH:
-            shapes = f'has shape {shape_of(w.conv_weight)}, must be ({dim}, W) with W from 2 to {MAX_WIDTH}'
-            fail(op, f'{where}conv_weight', shapes)
-        wanted = DirectionWeights((dim, width), (dim,), (rank + 2 * n, dim), (dim, rank), (dim, n), (dim,), (dim,))
-        for name, tensor, shape in zip(w._fields, w, wanted, strict=True):
-            if tensor is not None and tensor.shape != shape:
-                fail(op, where + name, f'has shape {shape_of(tensor)}, must be {shape} for x of shape {shape_of(x)}')
+    legal, wanted = parameter_dtypes(x), ()
+    for names, w in zip(_NAMES, weights, strict=False):
+        for (name, optional), tensor in zip(names, w, strict=True):
+            check_beside(op, name, tensor, x, legal, optional=optional)
+        wanted = wanted or _shapes(op, w, x.shape[2])
+        for (name, _), tensor, shape in zip(names, w, wanted, strict=True):
+            check_shape(op, name, tensor, shape, x)
+
+
+def _shapes(op: str, first: DirectionWeights, dim: int) -> tuple[tuple[int, ...], ...]:
+    """What the weights of every direction must be, by the sizes that are free in those of the first one."""
+    width, rank, n = (w.shape[1] if w.dim() == 2 else 0 for w in (first.conv_weight, first.dt_proj, first.A))
+    if not MIN_WIDTH <= width <= MAX_WIDTH:
+        shape = shape_of(first.conv_weight)
+        fail(op, _NAMES[0][0][0], f'has shape {shape}, must be ({dim}, W) with W from {MIN_WIDTH} to {MAX_WIDTH}')
+    return (dim, width), (dim,), (rank + 2 * n, dim), (dim, rank), (dim, n), (dim,), (dim,)

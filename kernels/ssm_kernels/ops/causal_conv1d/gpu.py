@@ -7,8 +7,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..operators import define, refuse_second_derivative
-from ..triton_utils import empty, fast_math, on_device
+from ...triton_utils import dense_rows, empty, fast_math, on_device
+from .autograd import define_convolution
 from .gpu_kernels import Shape, conv_backward_kernel, conv_forward_kernel
 
 UNROLL = 4  # tokens a turn
@@ -53,16 +53,12 @@ def _grid(x: Tensor, shape: Shape) -> tuple[int, int, int]:
     return chunk, n_chunks, tiles * n_chunks
 
 
-def _dense_rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def _bias_strides(bias: Tensor | None) -> tuple[int, int]:
     return (0, 0) if bias is None else bias.stride()
 
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, padding: str, silu: bool) -> Tensor:
-    x = _dense_rows(x)
+    x = dense_rows(x)
     shape = _shape(x, weight, bias, padding, silu)
     chunk, n_chunks, programs = _grid(x, shape)
     y = empty((shape.K, *x.shape), x.dtype, x)
@@ -77,7 +73,7 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, padding: str, silu:
 def _backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, padding: str, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    x, dy = _dense_rows(x), _dense_rows(dy)
+    x, dy = dense_rows(x), dense_rows(dy)
     shape = _shape(x, weight, bias, padding, silu)
     chunk, n_chunks, programs = _grid(x, shape)
     dx = empty(tuple(x.shape), x.dtype, x)
@@ -93,46 +89,4 @@ def _backward(
     return dx, dweight, dbias
 
 
-_TENSORS = 'Tensor x, Tensor weight, Tensor? bias'
-
-
-def _forward_fake(x, weight, bias, padding, silu):
-    return x.new_empty(weight.shape[0], *x.shape)
-
-
-def _backward_fake(dy, x, weight, bias, padding, silu):
-    return tuple(x.new_empty(0) if t is None else t.new_empty(t.shape) for t in (x, weight, bias))
-
-
-forward_op = define(
-    'causal_conv1d_triton',
-    _forward,
-    _forward_fake,
-    f'({_TENSORS}, str padding, bool silu) -> Tensor',
-)
-backward_op = define(
-    'causal_conv1d_triton_backward',
-    _backward,
-    _backward_fake,
-    f'(Tensor dy, {_TENSORS}, str padding, bool silu) -> (Tensor, Tensor, Tensor)',
-)
-
-
-def _setup_context(ctx, inputs, output):
-    *tensors, ctx.padding, ctx.silu = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _autograd(ctx, dy):
-    tensors = ctx.saved_tensors
-    grads = backward_op(dy, *tensors, ctx.padding, ctx.silu)
-    return (*(None if t is None else g for t, g in zip(tensors, grads, strict=True)), None, None)
-
-
-torch.library.register_autograd(forward_op, _autograd, setup_context=_setup_context)
-refuse_second_derivative(backward_op)
-
-
-def causal_conv1d_triton(x: Tensor, weight: Tensor, bias: Tensor | None, padding: str, silu: bool) -> Tensor:
-    """As :func:`causal_conv1d_reference`."""
-    return forward_op(x, weight, bias, padding, silu)
+forward_op, backward_op, causal_conv1d_triton = define_convolution('triton', _forward, _backward)

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from ..triton_utils import sigmoid, zero_rows
+from ...triton_utils import sigmoid, zero_rows
 
 
 class Shape(NamedTuple):

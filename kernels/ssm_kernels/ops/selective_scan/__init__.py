@@ -11,17 +11,20 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from ..arguments import (
+from ...arguments import (
+    activation_dtypes,
     autocast_dtype,
     check_beside,
     check_flag,
     check_number,
+    check_same_shape,
+    check_shape,
     check_tensor,
     fail,
     parameter_dtypes,
     shape_of,
 )
-from ..dispatch import Backend, choose_backend, numba_why_not, triton_why_not
+from ...dispatch import Backend, choose_backend, numba_why_not, triton_why_not
 from .reference import selective_scan_reference
 
 MAX_STATE_SIZE = 256
@@ -225,57 +228,55 @@ def _check(
     channels_first: bool = False,
 ) -> None:
     """Raises ValueError at the first argument that does not fit, with both shapes and what is legal."""
-    dt_name, bias_name, tokens_of_u = 'dt', 'dt_bias', '(B, L, D)'
-    if channels_first:
-        dt_name, bias_name, tokens_of_u = 'delta', 'delta_bias', '(B, D, L)'
-
-    check_flag(op, 'delta_softplus' if channels_first else 'dt_softplus', dt_softplus)
+    dt_name, bias_name = ('delta', 'delta_bias') if channels_first else ('dt', 'dt_bias')
+    check_flag(op, f'{dt_name}_softplus', dt_softplus)
     check_tensor(op, 'u', u)
-    parameters = parameter_dtypes(u)
-    activations = (u.dtype,) if autocast_dtype(u) is None else parameters
-    for name, x in ((dt_name, dt), ('A', A), ('B', B), ('C', C), ('D', D), ('z', z), (bias_name, dt_bias)):
-        if x is None and name in ('D', 'z', bias_name):
-            continue
-        per_token = name in (dt_name, 'z') or (name in ('B', 'C') and isinstance(x, Tensor) and x.dim() > 2 + len(lead))
+    activations, parameters = activation_dtypes(u), parameter_dtypes(u)
+    check_beside(op, dt_name, dt, u, activations, 'u')
+    check_beside(op, 'A', A, u, parameters, 'u')
+    for name, x in (('B', B), ('C', C)):
+        per_token = isinstance(x, Tensor) and x.dim() > 2 + len(lead)
         check_beside(op, name, x, u, activations if per_token else parameters, 'u')
+    check_beside(op, 'D', D, u, parameters, 'u', optional=True)
+    check_beside(op, 'z', z, u, activations, 'u', optional=True)
+    check_beside(op, bias_name, dt_bias, u, parameters, 'u', optional=True)
 
-    K = ''.join(f'{size}, ' for size in lead)
     if u.dim() != 3 + len(lead) or u.shape[: len(lead)] != lead:
-        fail(op, 'u', f'has shape {shape_of(u)}, must be ({K}{tokens_of_u[1:]}')
+        tokens = ('B', 'D', 'L') if channels_first else ('B', 'L', 'D')
+        fail(op, 'u', f'has shape {shape_of(u)}, must be ({", ".join(map(str, lead + tokens))})')
     batch, length, dim = u.shape[len(lead) :]
     if channels_first:
         length, dim = dim, length
-    if dt.shape != u.shape:
-        fail(op, dt_name, f'has shape {shape_of(dt)}, must equal that of u, {shape_of(u)}')
-    if z is not None and z.shape != u.shape[len(lead) :]:
-        fail(op, 'z', f'has shape {shape_of(z)}, must be {tuple(u.shape[len(lead) :])} for u of shape {shape_of(u)}')
-    if A.dim() != 2 + len(lead) or A.shape[:-1] != (*lead, dim):
-        fail(op, 'A', f'has shape {shape_of(A)}, must be ({K}{dim}, N) for u of shape {shape_of(u)}')
+    check_same_shape(op, dt_name, dt, u, 'u')
+    check_shape(op, 'z', z, u.shape[len(lead) :], u, 'u')
+    check_shape(op, 'A', A, (*lead, dim), u, 'u', free='N')
     n = A.shape[-1]
     if n > MAX_STATE_SIZE:
         fail(op, 'A', f'has shape {shape_of(A)}: state size {n}, legal are 1 to {MAX_STATE_SIZE}')
-    for name, x in (('D', D), (bias_name, dt_bias)):
-        if x is not None and x.shape != (*lead, dim):
-            fail(op, name, f'has shape {shape_of(x)}, must be {(*lead, dim)} for u of shape {shape_of(u)}')
-    groups = {}
-    for name, x in (('B', B), ('C', C)):
-        fits = {
-            2: (*lead, dim, n),
-            3: (*lead, batch, n, length) if channels_first else (*lead, batch, length, n),
-            4: (*lead, batch, -1, n, length) if channels_first else (*lead, batch, length, -1, n),
-        }.get(x.dim() - len(lead))
-        if fits is None or any(want not in (-1, got) for want, got in zip(fits, x.shape, strict=True)):
-            tail = f'{K}{batch}, {n}, {length}' if channels_first else f'{K}{batch}, {length}, {n}'
-            grouped = f'{K}{batch}, G, {n}, {length}' if channels_first else f'{K}{batch}, {length}, G, {n}'
-            legal = f'({K}{dim}, {n}), ({tail}) or ({grouped})'
-            fail(
-                op,
-                name,
-                f'has shape {shape_of(x)}, must be {legal} for u of shape {shape_of(u)} and A of {shape_of(A)}',
-            )
-        if -1 in fits:
-            groups[name] = x.shape[fits.index(-1)]
-            if dim % groups[name]:
-                fail(op, name, f'has shape {shape_of(x)}: {groups[name]} groups must divide the {dim} channels of u')
-    if len(groups) == 2 and groups['B'] != groups['C'] and 1 not in groups.values():
-        fail(op, 'C', f'has {groups["C"]} groups, B has {groups["B"]}; they must be equal unless one of them is 1')
+    check_shape(op, 'D', D, (*lead, dim), u, 'u')
+    check_shape(op, bias_name, dt_bias, (*lead, dim), u, 'u')
+    groups_B, groups_C = (_groups(op, name, x, u, A, channels_first) for name, x in (('B', B), ('C', C)))
+    if groups_B != groups_C and min(groups_B, groups_C) > 1:
+        fail(op, 'C', f'has {groups_C} groups, B has {groups_B}; they must be equal unless one of them is 1')
+
+
+def _groups(op: str, name: str, x: Tensor, u: Tensor, A: Tensor, channels_first: bool) -> int:
+    """Groups of channels in x, which is B or C; 0 if it has no dimension for them. ValueError if its shape is wrong."""
+    *lead, dim, n = A.shape
+    batch, length = u.shape[-3], u.shape[-1 if channels_first else -2]
+    dims = x.dim() - len(lead)
+    groups = x.shape[1 if channels_first else -2] if dims == 4 else 0
+
+    def shape(dims: int, groups: int | str) -> tuple[int | str, ...]:
+        if dims == 2:
+            return (*lead, dim, n)
+        middle = (groups,) if dims == 4 else ()
+        return (*lead, batch, *middle, n, length) if channels_first else (*lead, batch, length, *middle, n)
+
+    if dims not in (2, 3, 4) or x.shape != shape(dims, groups):
+        constant, shared, grouped = (f'({", ".join(map(str, shape(dims, "G")))})' for dims in (2, 3, 4))
+        legal = f'{constant}, {shared} or {grouped} for u of shape {shape_of(u)} and A of {shape_of(A)}'
+        fail(op, name, f'has shape {shape_of(x)}, must be {legal}')
+    if groups and dim % groups:
+        fail(op, name, f'has shape {shape_of(x)}: {groups} groups must divide the {dim} channels of u')
+    return groups

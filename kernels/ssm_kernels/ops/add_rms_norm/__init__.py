@@ -12,8 +12,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..arguments import autocast_dtype, check_beside, check_number, check_tensor, fail, parameter_dtypes, shape_of
-from ..dispatch import Backend, choose_backend, numba_why_not, triton_why_not
+from ...arguments import (
+    autocast_dtype,
+    check_beside,
+    check_number,
+    check_same_shape,
+    check_shape,
+    check_tensor,
+    fail,
+    parameter_dtypes,
+)
+from ...dispatch import Backend, choose_backend, numba_why_not, triton_why_not
 from .reference import add_rms_norm_reference
 
 MAX_TRITON_DIM = 8192
@@ -85,13 +94,11 @@ def add_rms_norm(
 def _check(op: str, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> None:
     """Raises ValueError at the first argument that does not fit, with both shapes and what is legal."""
     check_tensor(op, 'x', x)
-    if residual is not None:
-        check_beside(op, 'residual', residual, x, (torch.float64 if x.dtype == torch.float64 else torch.float32,))
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    check_beside(op, 'residual', residual, x, (wide,), optional=True)
     check_beside(op, 'weight', weight, x, parameter_dtypes(x))
     if x.dim() == 0:
         fail(op, 'x', 'has shape (), must be (..., D)')
-    if residual is not None and residual.shape != x.shape:
-        fail(op, 'residual', f'has shape {shape_of(residual)}, must equal that of x, {shape_of(x)}')
-    if weight.shape != x.shape[-1:]:
-        fail(op, 'weight', f'has shape {shape_of(weight)}, must be {tuple(x.shape[-1:])} for x of shape {shape_of(x)}')
+    check_same_shape(op, 'residual', residual, x)
+    check_shape(op, 'weight', weight, x.shape[-1:], x)
     check_number(op, 'eps', eps, least=0)

@@ -11,9 +11,8 @@ from __future__ import annotations
 
 from numba import carray
 
-from ..causal_conv1d.cpu_kernel import MAX_WIDTH, convolve, load_conv, lookahead, sign_of
-from ..cpu_threads import Worker
-from ..cpu_vectors import (
+from ...cpu_threads import Worker
+from ...cpu_vectors import (
     FB,
     HB,
     LANES,
@@ -46,6 +45,7 @@ from ..cpu_vectors import (
     store_row,
     take_ticket,
 )
+from ..causal_conv1d.cpu_kernel import MAX_WIDTH, convolve, load_conv, lookahead, sign_of
 from ..selective_scan.cpu_kernel import CH, scan_rows, scan_rows_any
 
 BLOCK = 64  # tokens of a task of `project`
@@ -288,6 +288,6 @@ def make_scan(stamp):
     return scan
 
 
-_USED = ('ssm_kernels.selective_scan.cpu_kernel', 'ssm_kernels.causal_conv1d.cpu_kernel')
+_USED = ('ssm_kernels.ops.selective_scan.cpu_kernel', 'ssm_kernels.ops.causal_conv1d.cpu_kernel')
 project = Worker(make_project, PARAMS, *_USED)
 scan = Worker(make_scan, PARAMS, *_USED)

@@ -4,12 +4,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from ..cpu_threads import address, empty, rows, whole
-from ..operators import define, refuse_second_derivative
+from ...cpu_threads import address, empty, rows, whole
 from . import cpu_kernel
+from .autograd import define_convolution
 
 
 def _fields(x: Tensor, weight: Tensor, bias: Tensor | None, padding: str, silu: bool) -> dict[str, int]:
@@ -49,49 +48,4 @@ def _backward(
     return dx.to(dtype), dweight.sum(0).to(dtype_w), dbias
 
 
-def _forward_fake(x, weight, bias, padding, silu):
-    return x.new_empty(weight.shape[0], *x.shape)
-
-
-def _backward_fake(dy, x, weight, bias, padding, silu):
-    return (
-        x.new_empty(x.shape),
-        weight.new_empty(weight.shape),
-        x.new_empty(0) if bias is None else bias.new_empty(bias.shape),
-    )
-
-
-forward_op = define(
-    'causal_conv1d_numba',
-    _forward,
-    _forward_fake,
-    '(Tensor x, Tensor weight, Tensor? bias, str padding, bool silu) -> Tensor',
-    'CPU',
-)
-backward_op = define(
-    'causal_conv1d_numba_backward',
-    _backward,
-    _backward_fake,
-    '(Tensor dy, Tensor x, Tensor weight, Tensor? bias, str padding, bool silu) -> (Tensor, Tensor, Tensor)',
-    'CPU',
-)
-
-
-def _setup_context(ctx, inputs, output):
-    x, weight, bias, *ctx.options = inputs
-    ctx.save_for_backward(x, weight, bias)
-
-
-def _autograd(ctx, dy):
-    x, weight, bias = ctx.saved_tensors
-    dx, dweight, dbias = backward_op(dy, x, weight, bias, *ctx.options)
-    return dx, dweight, None if bias is None else dbias, None, None
-
-
-torch.library.register_autograd(forward_op, _autograd, setup_context=_setup_context)
-refuse_second_derivative(backward_op)
-
-
-def causal_conv1d_numba(x: Tensor, weight: Tensor, bias: Tensor | None, padding: str, silu: bool) -> Tensor:
-    """As :func:`causal_conv1d_reference`."""
-    return forward_op(x, weight, bias, padding, silu)
+forward_op, backward_op, causal_conv1d_numba = define_convolution('numba', _forward, _backward, dispatch_key='CPU')

@@ -23,7 +23,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..triton_utils import LN2, LOG2E, exp2, sigmoid
+from ...triton_utils import LN2, LOG2E, exp2, sigmoid
 from .gpu_forward import load_float, step_size, tile_of_channels, walks_left
 
 

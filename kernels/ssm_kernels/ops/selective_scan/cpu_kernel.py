@@ -14,8 +14,8 @@ from __future__ import annotations
 import numpy as np
 from numba import carray
 
-from ..cpu_threads import Worker
-from ..cpu_vectors import (
+from ...cpu_threads import Worker
+from ...cpu_vectors import (
     FB,
     HB,
     LANES,

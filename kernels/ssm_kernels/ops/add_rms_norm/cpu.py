@@ -7,8 +7,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..cpu_threads import address, empty, rows, whole
-from ..operators import define, refuse_second_derivative
+from ...cpu_threads import address, empty, rows, whole
+from ...operators import define, refuse_second_derivative
 from . import cpu_kernel
 
 SPARE = 256  # bytes of scratch that a forward task needs

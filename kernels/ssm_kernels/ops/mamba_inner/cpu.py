@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..cpu_threads import address, empty, rows, whole
-from ..cpu_vectors import HALF, LANES
-from ..operators import define
+from ...cpu_threads import address, empty, rows, whole
+from ...cpu_vectors import HALF, LANES
+from ...operators import define
 from . import cpu_kernel
 
 if TYPE_CHECKING:

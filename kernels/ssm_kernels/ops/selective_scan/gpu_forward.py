@@ -22,7 +22,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from ..triton_utils import LOG2E, exp2, join_columns, scalar_row, sigmoid, softplus, split_columns, zero_rows
+from ...triton_utils import LOG2E, exp2, join_columns, scalar_row, sigmoid, softplus, split_columns, zero_rows
 
 
 class Shape(NamedTuple):

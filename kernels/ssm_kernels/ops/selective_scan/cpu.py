@@ -7,9 +7,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..cpu_threads import address, empty, rows, whole
-from ..operators import define, refuse_second_derivative
+from ...cpu_threads import address, empty, rows, whole
 from . import cpu_kernel
+from .autograd import define_scan
 
 SLAB = 6  # tiles that one forward task takes where there are enough tasks for all threads
 
@@ -74,7 +74,7 @@ def _forward(
 
 
 def _backward(
-    dout: Tensor | None,
+    dy: Tensor | None,
     dlast: Tensor | None,
     u: Tensor,
     dt: Tensor,
@@ -91,7 +91,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     x = _Inputs(u, dt, A, B, C, D, z, dt_bias, dt_softplus, reverse, scale)
     slabs = -(-x.D // x.G // (cpu_kernel.LANES * cpu_kernel.SLAB))
-    dout = torch.zeros(x.B, x.L, x.D) if dout is None else whole(dout)
+    dy = torch.zeros(x.B, x.L, x.D) if dy is None else whole(dy)
     dlast = whole(dlast)
     du, ddt = empty(*u.shape), empty(*u.shape)
     dz = empty(*(() if z is None else z.shape))
@@ -102,7 +102,7 @@ def _backward(
     dB = empty(*(shape if x.const_b else token_wise))
     dC = empty(*(shape if x.const_c else token_wise))
     fields = x.fields | dict(
-        dout=dout.data_ptr(), dlast=address(dlast), states=states.data_ptr(), du=du.data_ptr(), ddt=ddt.data_ptr(),
+        dout=dy.data_ptr(), dlast=address(dlast), states=states.data_ptr(), du=du.data_ptr(), ddt=ddt.data_ptr(),
         dz=dz.data_ptr(), dA=dA.data_ptr(), dB=dB.data_ptr(), dC=dC.data_ptr(), dB_const=dB.data_ptr(),
         dC_const=dC.data_ptr(), dskip=dskip.data_ptr(), dbias=dbias.data_ptr(),
         slab_bytes=4 * x.K * x.B * x.L * x.G * x.N,
@@ -127,77 +127,6 @@ def _backward(
     )
 
 
-_TENSORS = 'Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias'
-_OPTIONS = 'bool dt_softplus, bool reverse, float scale'
-
-
-def _forward_fake(u, dt, A, B, C, D, z, dt_bias, dt_softplus, reverse, scale, save_states):
-    K, batch, L, dim = u.shape
-    N = A.shape[-1]
-    chunks = (L + cpu_kernel.CH - 1) // cpu_kernel.CH
-    return (
-        u.new_empty(batch, L, dim),
-        u.new_empty(K, batch, dim, N, dtype=torch.float32),
-        # of one dimension: an export with free lengths would settle whether there is one chunk
-        u.new_empty(K * batch * chunks * N * dim if save_states else 0, dtype=torch.float32),
-    )
-
-
-def _backward_fake(dout, dlast, u, dt, A, B, C, D, z, dt_bias, states, dt_softplus, reverse, scale):
-    return tuple(u.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
-                 for x in (u, dt, A, B, C, D, z, dt_bias))  # fmt: skip
-
-
-forward_op = define(
-    'selective_scan_numba',
-    _forward,
-    _forward_fake,
-    f'({_TENSORS}, {_OPTIONS}, bool save_states) -> (Tensor, Tensor, Tensor)',
-    'CPU',
+forward_op, backward_op, selective_scan_numba = define_scan(
+    'numba', _forward, _backward, block=cpu_kernel.CH, dispatch_key='CPU'
 )
-backward_op = define(
-    'selective_scan_numba_backward',
-    _backward,
-    _backward_fake,
-    f'(Tensor? dout, Tensor? dlast, {_TENSORS}, Tensor states, {_OPTIONS}) -> ({", ".join(["Tensor"] * 8)})',
-    'CPU',
-)
-
-
-def _setup_context(ctx, inputs, output):
-    *tensors, dt_softplus, reverse, scale, save_states = inputs
-    ctx.set_materialize_grads(False)
-    ctx.options = dt_softplus, reverse, scale
-    ctx.saved = save_states
-    ctx.save_for_backward(*tensors, output[2])
-
-
-def _autograd(ctx, dout, dlast, dstates):
-    *tensors, states = ctx.saved_tensors
-    if not ctx.saved:
-        raise RuntimeError('selective_scan_numba: backward needs save_states=True in the forward call')
-    grads = backward_op(dout, dlast, *tensors, states, *ctx.options)
-    return (*(None if x is None else g for x, g in zip(tensors, grads, strict=True)), None, None, None, None)
-
-
-torch.library.register_autograd(forward_op, _autograd, setup_context=_setup_context)
-refuse_second_derivative(backward_op)
-
-
-def selective_scan_numba(
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-    dt_bias: Tensor | None = None,
-    dt_softplus: bool = False,
-    reverse: bool = False,
-    scale: float = 1.0,
-) -> tuple[Tensor, Tensor]:
-    """As :func:`selective_scan_reference`, with B and C (K, B, L, G, N) or (K, D, N); states are kept if needed."""
-    tensors = (u, dt, A, B, C, D, z, dt_bias)
-    save_states = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    return forward_op(*tensors, dt_softplus, reverse, scale, save_states)[:2]

@@ -8,8 +8,8 @@ import torch
 import triton
 from torch import Tensor
 
-from ..operators import define, refuse_second_derivative
-from ..triton_utils import empty, fast_math, on_device, widest_pack
+from ...triton_utils import dense_rows, empty, fast_math, on_device, widest_pack
+from .autograd import define_scan
 from .gpu_backward import scan_backward_kernel
 from .gpu_forward import RowStrides, Shape, chunk_state_kernel, pass_state_kernel, scan_forward_kernel
 
@@ -40,27 +40,15 @@ def plan_chunks(length: int, programs: int, block: int) -> tuple[int, int]:
 class Operands:
     """The tensors of one call as the kernels take them, with their strides."""
 
-    def __init__(
-        self,
-        u: Tensor,
-        dt: Tensor,
-        A: Tensor,
-        B: Tensor,
-        C: Tensor,
-        D: Tensor | None,
-        z: Tensor | None,
-        dt_bias: Tensor | None,
-        dt_softplus: bool,
-        reverse: bool,
-    ) -> None:
+    def __init__(self, u, dt, A, B, C, D, z, dt_bias, dt_softplus, reverse):
         self.K, self.B, self.L, self.D = u.shape
         self.N = A.shape[-1]
         self.G = max(x.shape[3] if x.dim() == 5 else 1 for x in (B, C))
-        self.u, self.dt = _dense_rows(u), _dense_rows(dt)
-        self.z = None if z is None else _dense_rows(z)
-        self.A = _dense_rows(A)
-        self.Dw = None if D is None else _dense_rows(D)
-        self.bias = None if dt_bias is None else _dense_rows(dt_bias)
+        self.u, self.dt = dense_rows(u), dense_rows(dt)
+        self.z = None if z is None else dense_rows(z)
+        self.A = dense_rows(A)
+        self.Dw = None if D is None else dense_rows(D)
+        self.bias = None if dt_bias is None else dense_rows(dt_bias)
         self.s_u, self.s_dt, self.s_A = self.u.stride()[:2], self.dt.stride()[:2], self.A.stride()
         self.s_z = 0 if z is None else self.z.stride(0)
         self.s_D = 0 if D is None else self.Dw.stride(0)
@@ -99,7 +87,7 @@ class Operands:
         if x.dim() == 3:
             x = x.transpose(1, 2).to(torch.float32).contiguous()
             return x, (x.stride(0), 0, 0), 0, 0
-        x = _dense_rows(x)
+        x = dense_rows(x)
         s_k, s_b, s_l, s_g, _ = x.stride()
         if x.shape[3] == 1:
             s_g = 0
@@ -107,10 +95,6 @@ class Operands:
 
     def tiled(self, width: int) -> Shape:
         return self.shape._replace(BD=width, T=self.G * -(-self.dg // width))
-
-
-def _dense_rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _forward(
@@ -201,15 +185,10 @@ def _backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     x = Operands(u, dt, A, B, C, D, z, dt_bias, dt_softplus, reverse)
-    dy = torch.zeros_like(u[0]) if dy is None else _dense_rows(dy)
+    dy = torch.zeros_like(u[0]) if dy is None else dense_rows(dy)
     rows = x.rows._replace(dy=dy.stride(1))
     const_B, const_C = B.dim() == 3, C.dim() == 3
-    BN = max(8, triton.next_power_of_2(x.N))
-    shape = x.tiled(64 if BN == 8 and x.dg % 64 == 0 and not (const_B or const_C) else 32)
-    warps = max(1, BN // 8 if BN > 16 else 1) * (2 if const_B or const_C else 1)
-    steps = BACKWARD_STEPS
-    if warps > 8:  # 16 warps could have 128 registers a thread only, and would spill
-        warps, steps = 8, 1
+    shape, BN, steps, warps = _tile_backward(x, const_B or const_C)
     block, per_chunk = plan_chunks(x.L, x.K * x.B * shape.T, BLOCK)
     n_states = -(-x.L // block)
     n_chunks = -(-n_states // per_chunk)
@@ -229,15 +208,7 @@ def _backward(
     adjoint = None if dlast is None else dlast.to(torch.float32).contiguous()
     with on_device(u):
         if n_chunks > 1:
-            narrow = x.tiled(64 if torch.version.hip else 32)
-            last, adjoint = adjoint, empty((x.K, x.B, n_chunks, x.D, x.N), torch.float32, u)
-            sums = empty((x.K, x.B, n_chunks, x.D), torch.float32, u)
-            chunk_state_kernel[(narrow.T * (n_chunks - 1) * x.B * x.K,)](
-                dy, x.dt, x.A, x.Cx, x.z, x.bias, adjoint, sums, scale, x.B, x.L, block * per_chunk, 1, n_chunks,
-                n_chunks, (0, dy.stride(0)), x.s_dt, x.s_A, x.s_C, x.s_z, x.s_bias, rows.dy, rows.C, shape.PACK_C,
-                True, rows, narrow, _unroll(narrow), **_options(narrow),
-            )  # fmt: skip
-            _pass_states(x, narrow, adjoint, sums, last, 1, n_chunks, n_chunks, True)
+            adjoint = _pass_adjoints(x, dy, rows, adjoint, scale, block * per_chunk, n_chunks)
         scan_backward_kernel[(n_programs,)](
             x.u, x.dt, x.A, _constant(B) if const_B else x.Bx, _constant(C) if const_C else x.Cx, x.Dw, x.z, x.bias,
             dy, states, adjoint, scratch, du, ddt, dz, dB, dC, dA, dD, dbias, scale, x.B, x.L, block, per_chunk,
@@ -246,91 +217,54 @@ def _backward(
             **({'maxnreg': MAX_BACKWARD_REGISTERS} if shape.FAST else {}),
         )  # fmt: skip
 
-    def total(partial: Tensor | None, like: Tensor | None) -> Tensor:
-        if like is None:
-            return u.new_empty(0)
-        if like.dim() == 5:
-            return partial.unflatten(3, (like.shape[3], -1)).sum(4).to(like.dtype)
-        return partial.sum(1).to(like.dtype)
-
     if z is None:
         dz = u.new_empty(0)
     else:
         dz = dz.view(z.shape) if x.K == 1 else dz.sum(0).to(z.dtype)
-    return du, ddt, total(dA, A), total(dB, B), total(dC, C), total(dD, D), dz, total(dbias, dt_bias)
+    return du, ddt, *(_total(*pair, u) for pair in ((dA, A), (dB, B), (dC, C), (dD, D))), dz, _total(dbias, dt_bias, u)
+
+
+def _tile_backward(x: Operands, constant: bool) -> tuple[Shape, int, int, int]:
+    """What the backward kernel is compiled for, its padded N, the states it holds in registers, and warps.
+
+    A warp takes a tile of 8 states by 32 or 64 channels, or 16 by 32. Gradients of constant B and C stay in registers
+    through a whole chunk, which takes twice the warps.
+    """
+    BN = max(8, triton.next_power_of_2(x.N))
+    shape = x.tiled(64 if BN == 8 and x.dg % 64 == 0 and not constant else 32)
+    warps = max(1, BN // 8 if BN > 16 else 1) * (2 if constant else 1)
+    if warps > 8:  # 16 warps could have 128 registers a thread only, and would spill
+        return shape, BN, 1, 8
+    return shape, BN, BACKWARD_STEPS, warps
+
+
+def _pass_adjoints(
+    x: Operands, dy: Tensor, rows: RowStrides, last: Tensor | None, scale: float, chunk: int, n_chunks: int
+) -> Tensor:
+    """Gradients (K, B, n_chunks, D, N) of the state at the end of every chunk of so many tokens, from ``last`` on."""
+    shape = x.tiled(64 if torch.version.hip else 32)
+    adjoint = empty((x.K, x.B, n_chunks, x.D, x.N), torch.float32, x.u)
+    sums = empty((x.K, x.B, n_chunks, x.D), torch.float32, x.u)
+    chunk_state_kernel[(shape.T * (n_chunks - 1) * x.B * x.K,)](
+        dy, x.dt, x.A, x.Cx, x.z, x.bias, adjoint, sums, scale, x.B, x.L, chunk, 1, n_chunks, n_chunks,
+        (0, dy.stride(0)), x.s_dt, x.s_A, x.s_C, x.s_z, x.s_bias, rows.dy, rows.C, shape.PACK_C, True, rows, shape,
+        _unroll(shape), **_options(shape),
+    )  # fmt: skip
+    _pass_states(x, shape, adjoint, sums, last, 1, n_chunks, n_chunks, True)
+    return adjoint
+
+
+def _total(partial: Tensor | None, like: Tensor | None, u: Tensor) -> Tensor:
+    """The sum of the programs' partial sums, in a fixed order, as the gradient of ``like``; of size 0 without it."""
+    if partial is None or like is None:
+        return u.new_empty(0)
+    if like.dim() == 5:
+        return partial.unflatten(3, (like.shape[3], -1)).sum(4).to(like.dtype)
+    return partial.sum(1).to(like.dtype)
 
 
 def _constant(x: Tensor) -> Tensor:
     return x.to(torch.float32).contiguous()
 
 
-_TENSORS = 'Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias'
-_OPTIONS = 'bool dt_softplus, bool reverse, float scale'
-
-
-def _forward_fake(u, dt, A, B, C, D, z, dt_bias, dt_softplus, reverse, scale, save_states):
-    K, batch, length, dim = u.shape
-    # of one dimension: an export with free lengths would settle whether there is one block
-    states = K * batch * ((length + BLOCK - 1) // BLOCK) * dim * A.shape[-1] if save_states else 0
-    return (
-        u.new_empty(batch, length, dim),
-        u.new_empty(K, batch, dim, A.shape[-1], dtype=torch.float32),
-        u.new_empty(states, dtype=torch.float32),
-    )
-
-
-def _backward_fake(dy, dlast, u, dt, A, B, C, D, z, dt_bias, states, dt_softplus, reverse, scale):
-    return tuple(u.new_empty(0) if x is None else x.new_empty(x.shape) for x in (u, dt, A, B, C, D, z, dt_bias))
-
-
-forward_op = define(
-    'selective_scan_triton',
-    _forward,
-    _forward_fake,
-    f'({_TENSORS}, {_OPTIONS}, bool save_states) -> (Tensor, Tensor, Tensor)',
-)
-backward_op = define(
-    'selective_scan_triton_backward',
-    _backward,
-    _backward_fake,
-    f'(Tensor? dy, Tensor? dlast, {_TENSORS}, Tensor states, {_OPTIONS}) -> ({", ".join(["Tensor"] * 8)})',
-)
-
-
-def _setup_context(ctx, inputs, output):
-    *tensors, dt_softplus, reverse, scale, save_states = inputs
-    ctx.set_materialize_grads(False)
-    ctx.options = dt_softplus, reverse, scale
-    ctx.saved = save_states
-    ctx.save_for_backward(*tensors, output[2])
-
-
-def _autograd(ctx, dy, dlast, dstates):
-    if not ctx.saved:
-        raise RuntimeError('selective_scan_triton: backward needs save_states=True in the forward call')
-    *tensors, states = ctx.saved_tensors
-    grads = backward_op(dy, dlast, *tensors, states, *ctx.options)
-    return (*(None if x is None else g for x, g in zip(tensors, grads, strict=True)), None, None, None, None)
-
-
-torch.library.register_autograd(forward_op, _autograd, setup_context=_setup_context)
-refuse_second_derivative(backward_op)
-
-
-def selective_scan_triton(
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-    dt_bias: Tensor | None = None,
-    dt_softplus: bool = False,
-    reverse: bool = False,
-    scale: float = 1.0,
-) -> tuple[Tensor, Tensor]:
-    """As :func:`selective_scan_reference`, with B and C (K, B, L, G, N) or (K, D, N) and N at most 64."""
-    tensors = (u, dt, A, B, C, D, z, dt_bias)
-    save_states = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    return forward_op(*tensors, dt_softplus, reverse, scale, save_states)[:2]
+forward_op, backward_op, selective_scan_triton = define_scan('triton', _forward, _backward, block=BLOCK)

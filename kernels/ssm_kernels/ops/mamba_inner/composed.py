@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..arguments import autocast_dtype
+from ...arguments import autocast_dtype
 from ..causal_conv1d import bidirectional_causal_conv1d, causal_conv1d, same_conv1d
 from ..selective_scan import bidirectional_selective_scan, selective_scan
 
