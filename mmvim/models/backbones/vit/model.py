@@ -2,28 +2,12 @@
 
 from collections.abc import Sequence
 
-import torch
-from mmcv.cnn.bricks import DropPath
-from mmengine.model import BaseModule
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from mmvim.arguments import (
-    as_indices,
-    check_arch,
-    check_choice,
-    check_flags,
-    check_frozen_stages,
-    check_init_cfg,
-    check_interpolation,
-    check_numbers,
-    check_positive,
-    check_rates,
-    image_sides,
-)
-from mmvim.checkpoints.deit import load_published_deit
-from mmvim.models.layers.patch_embed import PatchEmbed, PositionCache, lecun_normal_, resize_pos_embed
-from mmvim.models.layers.shapes import surely_equal
+from mmvim.arguments import as_indices, check_numbers
+from mmvim.models.backbones.vit.weights import WEIGHTS
+from mmvim.models.base import PlainBackbone, run_block
+from mmvim.models.layers.drop_path import drop_path, drop_path_rates
 from mmvim.models.layers.transformer import Mlp, SelfAttention
 from mmvim.models.layers.windows import from_windows, to_windows
 from mmvim.registry import MODELS
@@ -85,7 +69,7 @@ class TransformerBlock(nn.Module):
         self.attn = Attention(embed_dims, num_heads, attention)
         self.norm2 = nn.LayerNorm(embed_dims, eps=norm_eps)
         self.mlp = Mlp(embed_dims, int(embed_dims * mlp_ratio))
-        self.drop_path = DropPath(drop_path_rate) if drop_path_rate > 0 else nn.Identity()
+        self.drop_path = drop_path(drop_path_rate)
 
     def init_weights(self) -> None:
         """Initialise all parameters."""
@@ -108,7 +92,7 @@ class TransformerBlock(nn.Module):
 
 
 @MODELS.register_module()
-class VisionTransformer(BaseModule):
+class VisionTransformer(PlainBackbone):
     """Plain vision transformer: DeiT (arXiv 2012.12877), and with windows ViTDet's backbone (arXiv 2203.16527, sec. 3).
 
     The state dictionary has timm's names, which published DeiT files have too. They load as they are by
@@ -153,7 +137,10 @@ class VisionTransformer(BaseModule):
         **dict.fromkeys(('deit-s', 'deit-small'), dict(embed_dims=384, depth=12, num_heads=6)),
         **dict.fromkeys(('deit-b', 'deit-base'), dict(embed_dims=768, depth=12, num_heads=12)),
     }
+    ARCH = ('embed_dims', 'depth', 'num_heads'), ('mlp_ratio',)
     OUT_TYPES = ('cls_token', 'avg_featmap', 'featmap', 'raw')
+    CHOICES = dict(attention=ATTENTIONS)
+    WEIGHTS = WEIGHTS
 
     def __init__(
         self,
@@ -176,65 +163,25 @@ class VisionTransformer(BaseModule):
         interpolate_mode: str = 'bicubic',
         init_cfg: dict | None = None,
     ) -> None:
-        super().__init__(init_cfg)
-        check_init_cfg(init_cfg)
-        settings = self._arch_settings(arch)
-        self.embed_dims = settings['embed_dims']
-        self.depth = settings['depth']
-        check_choice('out_type', out_type, self.OUT_TYPES)
-        check_choice('attention', attention, ATTENTIONS)
-        check_numbers(patch_size=patch_size, in_channels=in_channels)
-        check_interpolation(interpolate_mode)
-        check_flags(with_cls_token=with_cls_token, with_cp=with_cp)
-        if final_norm is not None:
-            check_flags(final_norm=final_norm)
-        check_positive(norm_eps=norm_eps)
+        super().__init__(locals(), cls_layout='head' if with_cls_token else None)
         if out_type == 'cls_token' and not with_cls_token:
             raise ValueError(
                 "out_type='cls_token' needs a class token: set with_cls_token=True, or out_type to one of "
                 f'{tuple(t for t in self.OUT_TYPES if t != "cls_token")}'
             )
-        check_numbers(0, window_size=window_size)
         if window_size and with_cls_token:
             raise ValueError('a class token belongs to no window: set with_cls_token=False, or window_size=0')
-        self.global_attn_indexes = self._absolute('global_attn_indexes', global_attn_indexes)
-        if self.global_attn_indexes and not window_size:
-            raise ValueError(
-                f'global_attn_indexes={self.global_attn_indexes} is for blocks among windows: set window_size, or '
-                'global_attn_indexes=()'
-            )
-        check_rates(drop_rate=drop_rate, drop_path_rate=drop_path_rate)
-        check_frozen_stages(frozen_stages, self.depth)
-        self.out_type = out_type
         self.with_cls_token = with_cls_token
-        self.final_norm = out_type != 'featmap' if final_norm is None else final_norm
-        self.out_indices = self._absolute('out_indices', out_indices)
-        if not self.out_indices or list(self.out_indices) != sorted(set(self.out_indices)):
-            raise ValueError(f'out_indices must rise within 0 to {self.depth - 1}, got {out_indices}')
-        if self.final_norm and self.out_indices[-1] != self.depth - 1:
-            raise ValueError(
-                f'final_norm belongs to the last block, {self.depth - 1}, which out_indices {out_indices} leaves out: '
-                'add it, or set final_norm=False'
-            )
         self.window_size = window_size
-        self.frozen_stages = frozen_stages
-        self.with_cp = with_cp
-        self.interpolate_mode = interpolate_mode
+        self.global_attn_indexes = self._global_blocks(global_attn_indexes)
 
-        self.patch_embed = PatchEmbed(in_channels, self.embed_dims, patch_size, patch_size)
-        self.grid = self.patch_embed.grid_size(*image_sides(img_size))
-        if with_cls_token:
-            self.cls_token = nn.Parameter(torch.zeros(1, 1, self.embed_dims))
-        num_tokens = self.grid[0] * self.grid[1] + with_cls_token
-        self.pos_embed = nn.Parameter(torch.zeros(1, num_tokens, self.embed_dims))
-        self.position_cache = PositionCache()
-        self.drop_after_pos = nn.Dropout(drop_rate)
-        rates = [drop_path_rate * i / max(self.depth - 1, 1) for i in range(self.depth)]
+        self.add_embeddings(in_channels, img_size, patch_size, patch_size, drop_rate)
+        rates = drop_path_rates(drop_path_rate, self.depth)
         self.blocks = nn.ModuleList(
             TransformerBlock(
                 self.embed_dims,
-                settings['num_heads'],
-                settings.get('mlp_ratio', 4),
+                self.settings['num_heads'],
+                self.settings.get('mlp_ratio', 4),
                 0 if i in self.global_attn_indexes else window_size,
                 attention,
                 rates[i],
@@ -243,138 +190,42 @@ class VisionTransformer(BaseModule):
             for i in range(self.out_indices[-1] + 1)
         )
         self.norm = nn.LayerNorm(self.embed_dims, eps=norm_eps) if self.final_norm else nn.Identity()
-        for module in self._frozen_modules():
-            module.requires_grad_(False)
-        if frozen_stages >= 0:
-            for name in self._embeddings():
-                getattr(self, name).requires_grad_(False)
-        load_published_deit(self)
-
-    # ---- arguments
+        self.freeze()
 
     def _arch_settings(self, arch: str | dict) -> dict:
-        if isinstance(arch, str):
-            if arch.lower() not in self.arch_zoo:
-                raise ValueError(f'arch must be one of {tuple(self.arch_zoo)}, got {arch!r}')
-            return self.arch_zoo[arch.lower()]
-        required, optional = {'embed_dims', 'depth', 'num_heads'}, {'mlp_ratio'}
-        if not isinstance(arch, dict) or not required <= set(arch) <= required | optional:
+        settings = super()._arch_settings(arch)
+        depth, heads, width = (settings[key] for key in ('depth', 'num_heads', 'embed_dims'))
+        check_numbers(**{'depth of arch': depth, 'num_heads of arch': heads})
+        if width % heads:
+            raise ValueError(f'num_heads of arch must divide embed_dims, got {heads} and {width}')
+        return settings
+
+    def _global_blocks(self, indices: int | Sequence[int]) -> tuple[int, ...]:
+        blocks = tuple(i + self.depth if i < 0 else i for i in as_indices('global_attn_indexes', indices))
+        if any(not 0 <= i < self.depth for i in blocks):
+            raise ValueError(f'global_attn_indexes must be within 0 to {self.depth - 1}, got {indices}')
+        if blocks and not self.window_size:
             raise ValueError(
-                f'arch must be one of {tuple(self.arch_zoo)} or a dict with {sorted(required)} and optionally '
-                f'{sorted(optional)}, got {arch!r}'
+                f'global_attn_indexes={blocks} is for blocks among windows: set window_size, or global_attn_indexes=()'
             )
-        check_arch(arch)
-        check_numbers(**{'depth of arch': arch['depth'], 'num_heads of arch': arch['num_heads']})
-        if arch['embed_dims'] % arch['num_heads']:
-            raise ValueError(
-                f'num_heads of arch must divide embed_dims, got {arch["num_heads"]} and {arch["embed_dims"]}'
-            )
-        return arch
-
-    def _absolute(self, name: str, indices: int | Sequence[int]) -> tuple[int, ...]:
-        given = as_indices(name, indices)
-        absolute = tuple(i + self.depth if i < 0 else i for i in given)
-        if any(not 0 <= i < self.depth for i in absolute):
-            raise ValueError(f'{name} must be within 0 to {self.depth - 1}, got {indices}')
-        return absolute
-
-    def _embeddings(self) -> tuple[str, ...]:
-        return ('pos_embed', 'cls_token') if self.with_cls_token else ('pos_embed',)
-
-    @property
-    def out_channels(self) -> tuple[int, ...]:
-        """Channels of each output."""
-        return (self.embed_dims,) * len(self.out_indices)
-
-    @property
-    def out_strides(self) -> tuple[int, ...]:
-        """Stride of each output map, pixels."""
-        return (self.patch_embed.patch_stride,) * len(self.out_indices)
-
-    # ---- parameters
+        return blocks
 
     def init_weights(self) -> None:
         """Initialise all parameters, then load what ``init_cfg`` names."""
         if not self.is_init:
-            nn.init.zeros_(self.patch_embed.proj.bias)
-            lecun_normal_(self.patch_embed.proj.weight)
-            for name in self._embeddings():
-                nn.init.trunc_normal_(getattr(self, name), std=0.02)
+            self.init_embeddings()
             for block in self.blocks:
                 block.init_weights()
             if self.final_norm:
                 self.norm.reset_parameters()
         super().init_weights()
 
-    def no_weight_decay(self) -> set[str]:
-        """Names of the parameters, other than biases and norms, to which no weight decay applies."""
-        return set(self._embeddings())
-
-    def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
-        """Depth of a parameter for layer-wise learning rates.
-
-        Args:
-            param_name: name of the parameter.
-            prefix: what stands before this module's names in it.
-
-        Returns:
-            The depth, and the number of depths: 0 is the patch embedding with positions and class token, i + 1 block
-            i, the last the final norm and all that follows the backbone.
-        """
-        num_depths = self.depth + 2
-        name = param_name.removeprefix(prefix) if param_name.startswith(prefix) else ''
-        if name.startswith('patch_embed.') or name in self._embeddings():
-            return 0, num_depths
-        if name.startswith('blocks.'):
-            return int(name.split('.')[1]) + 1, num_depths
-        return num_depths - 1, num_depths
-
-    def _frozen_modules(self) -> list[nn.Module]:
-        if self.frozen_stages < 0:
-            return []
-        return [self.patch_embed, self.drop_after_pos, *self.blocks[: self.frozen_stages]]
-
-    def train(self, mode: bool = True):
-        """Set training mode; frozen stages stay in evaluation mode."""
-        super().train(mode)
-        for module in self._frozen_modules():
-            module.eval()
-        return self
-
-    # ---- forward
-
-    def positions(self, grid: tuple[int, int]) -> Tensor:
-        """Position table (1, L, D) of a grid (h, w) of patches, with the entry of the class token first."""
-        if surely_equal(grid, self.grid):
-            return self.pos_embed
-        return self.position_cache.get(self.pos_embed, tuple(grid), lambda: self._resized_positions(grid))
-
-    def _resized_positions(self, grid: tuple[int, int]) -> Tensor:
-        token, patches = self.pos_embed.split((int(self.with_cls_token), self.grid[0] * self.grid[1]), dim=1)
-        return torch.cat((token, resize_pos_embed(patches, self.grid, grid, self.interpolate_mode)), dim=1)
-
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Image (B, C, H, W) -> one output per entry of out_indices, see ``out_type``."""
-        x, grid = self.patch_embed(x)
-        if self.with_cls_token:
-            x = torch.cat((self.cls_token.to(x.dtype).expand(x.shape[0], -1, -1), x), dim=1)
-        x = self.drop_after_pos(x + self.positions(grid))
+        x, grid = self.embed(x)
         outputs = []
         for i, block in enumerate(self.blocks):
-            if self.with_cp and torch.is_grad_enabled() and x.requires_grad:
-                x = checkpoint(block, x, grid, use_reentrant=False)
-            else:
-                x = block(x, grid)
+            x = run_block(block, self.with_cp, x, grid)
             if i in self.out_indices:
-                outputs.append(self._read_out(self.norm(x) if i == self.depth - 1 else x, grid))
+                outputs.append(self.read_out(self.norm(x) if i == self.depth - 1 else x, grid))
         return tuple(outputs)
-
-    def _read_out(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        if self.out_type == 'raw':
-            return x
-        if self.out_type == 'cls_token':
-            return x[:, 0]
-        x = x[:, int(self.with_cls_token) :]
-        if self.out_type == 'avg_featmap':
-            return x.mean(dim=1)
-        return x.transpose(1, 2).unflatten(2, grid).contiguous()
