@@ -51,11 +51,6 @@ class Known:
     notes: list[str] = field(default_factory=list)
 
 
-def nothing_known(backbone: nn.Module, weights: Mapping[str, Tensor], metadata: Mapping, ours: Values) -> Known:
-    """Of files without metadata nothing is known."""
-    return Known()
-
-
 @dataclass(frozen=True)
 class Family:
     """How files fit the backbones of one family.
@@ -69,8 +64,8 @@ class Family:
         values: from a backbone to the values of its hidden settings, and what else it saves with its weights.
         recognise: from weights by published name and the sizes by name to the backbone that takes them; None if they
             are of another family.
-        known: hidden settings of a file without metadata, from the backbone, weights by published name, their metadata
-            and the values of the backbone.
+        known: from the backbone, weights by published name, their metadata and the values of the backbone to the hidden
+            settings of a file that did not save them.
         rename: from published names to ours.
         arch: settings that are keys of `arch`, with the values that sizes have where they leave the key out; None
             where there is no such value.
@@ -86,7 +81,7 @@ class Family:
     hidden: tuple[HiddenSetting, ...]
     values: Callable[[nn.Module], dict]
     recognise: Callable[[Mapping[str, Tensor], Mapping[str, Mapping]], Identity | None]
-    known: Callable[[nn.Module, Mapping[str, Tensor], Mapping, Values], Known] = nothing_known
+    known: Callable[[nn.Module, Mapping[str, Tensor], Mapping, Values], Known] = lambda *_: Known()
     rename: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = dict
     arch: Mapping[str, object] = field(default_factory=dict)
     remedies: Mapping[str, Callable[[object], str]] = field(default_factory=dict)

@@ -171,6 +171,10 @@ class Level(Stage):
         return from_windows(super().forward(to_windows(x, window, size), images), window, images, size)
 
 
+def _size(embed_dims: int, stem_channels: int, depths: tuple, num_heads: tuple, **more: float) -> dict:
+    return dict(embed_dims=embed_dims, stem_channels=stem_channels, depths=depths, num_heads=num_heads, **more)
+
+
 @MODELS.register_module()
 class MambaVision(HierarchicalBackbone):
     """MambaVision: two levels of convolutions, two of selective scans and attention in windows (arXiv 2407.08083).
@@ -216,31 +220,13 @@ class MambaVision(HierarchicalBackbone):
     """
 
     arch_zoo = {
-        **dict.fromkeys(
-            ('t', 'tiny'), dict(embed_dims=80, stem_channels=32, depths=(1, 3, 8, 4), num_heads=(2, 4, 8, 16))
-        ),
-        **dict.fromkeys(
-            ('t2', 'tiny2'), dict(embed_dims=80, stem_channels=32, depths=(1, 3, 11, 4), num_heads=(2, 4, 8, 16))
-        ),
-        **dict.fromkeys(
-            ('s', 'small'), dict(embed_dims=96, stem_channels=64, depths=(3, 3, 7, 5), num_heads=(2, 4, 8, 16))
-        ),
-        **dict.fromkeys(
-            ('b', 'base'),
-            dict(embed_dims=128, stem_channels=64, depths=(3, 3, 10, 5), num_heads=(2, 4, 8, 16), layer_scale=1e-5),
-        ),
-        **dict.fromkeys(
-            ('l', 'large'),
-            dict(embed_dims=196, stem_channels=64, depths=(3, 3, 10, 5), num_heads=(4, 8, 16, 32), layer_scale=1e-5),
-        ),
-        **dict.fromkeys(
-            ('l2', 'large2'),
-            dict(embed_dims=196, stem_channels=64, depths=(3, 3, 12, 5), num_heads=(4, 8, 16, 32), layer_scale=1e-5),
-        ),
-        **dict.fromkeys(
-            ('l3', 'large3'),
-            dict(embed_dims=256, stem_channels=64, depths=(3, 3, 20, 10), num_heads=(4, 8, 16, 32), layer_scale=1e-5),
-        ),
+        **dict.fromkeys(('t', 'tiny'), _size(80, 32, (1, 3, 8, 4), (2, 4, 8, 16))),
+        **dict.fromkeys(('t2', 'tiny2'), _size(80, 32, (1, 3, 11, 4), (2, 4, 8, 16))),
+        **dict.fromkeys(('s', 'small'), _size(96, 64, (3, 3, 7, 5), (2, 4, 8, 16))),
+        **dict.fromkeys(('b', 'base'), _size(128, 64, (3, 3, 10, 5), (2, 4, 8, 16), layer_scale=1e-5)),
+        **dict.fromkeys(('l', 'large'), _size(196, 64, (3, 3, 10, 5), (4, 8, 16, 32), layer_scale=1e-5)),
+        **dict.fromkeys(('l2', 'large2'), _size(196, 64, (3, 3, 12, 5), (4, 8, 16, 32), layer_scale=1e-5)),
+        **dict.fromkeys(('l3', 'large3'), _size(256, 64, (3, 3, 20, 10), (4, 8, 16, 32), layer_scale=1e-5)),
     }
     ARCH = ('embed_dims', 'stem_channels', 'depths', 'num_heads'), ('layer_scale', 'mlp_ratio', 'd_state', 'd_conv')
     OUT_TYPES = ('featmap', 'raw', 'avg_featmap')

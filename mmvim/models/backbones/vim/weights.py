@@ -349,21 +349,30 @@ def _recognise(weights: Mapping[str, Tensor], arch_zoo: Mapping[str, Mapping]) -
         f'directions {found["directions"]!r}',
         f'rotary {backbone["rotary"]!r}',
     ]
-    assumed = {
-        f'nothing from args.model={name!r}, which is no name of the original code': name and not named and not saved,
-        'the file does not tell where its class token stands: in the middle, as in published files': layout
-        in ('middle', 'head')
-        and 'cls_token' not in known,
-        'the file does not tell whether it was trained with rotary embedding: it was not': told is None,
-        "the file does not tell which streams rotary embedding turns: 'both'": backbone['rotary']
-        and 'rotary' not in known,
-        'the file does not tell whether the sum of both directions is halved: it is, as in published files': 'v2'
-        == found['directions']
-        and 'divide_output' not in known,
-        'a grid of 27x27 is taken for that of 224 pixels every 8, as in published long-sequence files': stride != patch
-        and 'patch_stride' not in known,
-    }
-    notes = [note for note, is_assumed in assumed.items() if is_assumed]
+    assumed = [
+        (
+            name and not named and not saved,
+            f'nothing from args.model={name!r}, which is no name of the original code',
+        ),
+        (
+            layout in ('middle', 'head') and 'cls_token' not in known,
+            'the file does not tell where its class token stands: in the middle, as in published files',
+        ),
+        (told is None, 'the file does not tell whether it was trained with rotary embedding: it was not'),
+        (
+            backbone['rotary'] and 'rotary' not in known,
+            "the file does not tell which streams rotary embedding turns: 'both'",
+        ),
+        (
+            found['directions'] == 'v2' and 'divide_output' not in known,
+            'the file does not tell whether the sum of both directions is halved: it is, as in published files',
+        ),
+        (
+            stride != patch and 'patch_stride' not in known,
+            'a grid of 27x27 is taken for that of 224 pixels every 8, as in published long-sequence files',
+        ),
+    ]
+    notes = [note for is_assumed, note in assumed if is_assumed]
     return Identity('Vim', size, backbone, image_size, facts, notes)
 
 

@@ -8,36 +8,11 @@ from mmvim.arguments import as_indices, check_numbers
 from mmvim.models.backbones.vit.weights import WEIGHTS
 from mmvim.models.base import PlainBackbone, run_block
 from mmvim.models.layers.drop_path import drop_path, drop_path_rates
-from mmvim.models.layers.transformer import Mlp, SelfAttention
+from mmvim.models.layers.transformer import ATTENTIONS, Mlp, SelfAttention
 from mmvim.models.layers.windows import from_windows, to_windows
 from mmvim.registry import MODELS
 
 # B batch, L tokens with the class token, D width, h x w grid of patches, K windows in a map
-
-ATTENTIONS = ('sdpa', 'materialized')
-
-
-class Attention(SelfAttention):
-    """Multi-head self-attention by PyTorch's fused kernels, or with the matrix of weights in memory.
-
-    Args:
-        embed_dims: width D.
-        num_heads: heads; they divide D.
-        attention: 'sdpa' calls scaled_dot_product_attention; 'materialized' computes the L x L weights of every head,
-            as the baseline of the Vim paper does, for comparisons of memory and time.
-    """
-
-    def __init__(self, embed_dims: int, num_heads: int, attention: str) -> None:
-        super().__init__(embed_dims, num_heads)
-        self.attention = attention
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Tokens (B, L, D) -> tokens (B, L, D)."""
-        if self.attention == 'sdpa':
-            return super().forward(x)
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        weights = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1)
-        return self.proj((weights @ v).transpose(1, 2).flatten(2))
 
 
 class TransformerBlock(nn.Module):
@@ -48,7 +23,7 @@ class TransformerBlock(nn.Module):
         num_heads: heads of the attention.
         mlp_ratio: width of the MLP over D.
         window_size: side of the windows, patches; 0 for attention over all tokens.
-        attention: see ``Attention``.
+        attention: see ``SelfAttention``.
         drop_path_rate: stochastic depth.
         norm_eps: epsilon of the norms.
     """
@@ -66,7 +41,7 @@ class TransformerBlock(nn.Module):
         super().__init__()
         self.window_size = window_size
         self.norm1 = nn.LayerNorm(embed_dims, eps=norm_eps)
-        self.attn = Attention(embed_dims, num_heads, attention)
+        self.attn = SelfAttention(embed_dims, num_heads, attention)
         self.norm2 = nn.LayerNorm(embed_dims, eps=norm_eps)
         self.mlp = Mlp(embed_dims, int(embed_dims * mlp_ratio))
         self.drop_path = drop_path(drop_path_rate)
