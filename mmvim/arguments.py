@@ -1,7 +1,8 @@
 """Checks of arguments that several classes share; each ends in a ValueError that names the argument."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 
 from ssm_kernels.ops.causal_conv1d import MAX_WIDTH, MIN_WIDTH
 from ssm_kernels.ops.mamba_inner import BACKENDS
@@ -53,10 +54,11 @@ def check_divide_output(divide_output: object, directions: str) -> None:
         )
 
 
-def check_init_cfg(value: object) -> None:
+def check_init_cfg(init_cfg: object) -> None:
     """Refuse what is no config of an initialisation, nor several."""
-    if value is not None and not all(isinstance(cfg, dict) for cfg in (value if isinstance(value, list) else [value])):
-        raise ValueError(f'init_cfg must be None, a dict or a list of dicts, got {value!r}')
+    cfgs = init_cfg if isinstance(init_cfg, list) else [init_cfg]
+    if init_cfg is not None and not all(isinstance(cfg, dict) for cfg in cfgs):
+        raise ValueError(f'init_cfg must be None, a dict or a list of dicts, got {init_cfg!r}')
 
 
 def check_frozen_stages(value: object, highest: int) -> None:
@@ -65,11 +67,11 @@ def check_frozen_stages(value: object, highest: int) -> None:
         raise ValueError(f'frozen_stages must be in -1 to {highest}, got {value!r}')
 
 
-def check_backend(value: object) -> None:
+def check_backend(scan_backend: object) -> None:
     """Refuse a name that no backend of ssm_kernels has."""
     names = tuple(backend.name for backend in BACKENDS)
-    if value is not None and value not in names:
-        raise ValueError(f'scan_backend must be None or one of {names}, got {value!r}')
+    if scan_backend is not None and scan_backend not in names:
+        raise ValueError(f'scan_backend must be None or one of {names}, got {scan_backend!r}')
 
 
 def as_indices(name: str, value: object) -> tuple[int, ...]:
@@ -120,10 +122,35 @@ def image_sides(img_size: object) -> tuple[int, int]:
     return sides
 
 
-def check_interpolation(mode: object) -> None:
-    """Refuse a mode that torch.nn.functional.interpolate has not for maps."""
-    check_choice('interpolate_mode', mode, INTERPOLATIONS)
-
-
 def _is_number(value: object, lowest: int = 1) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= lowest
+
+
+# what an argument of this name must be in every backbone that has it
+RULES: dict[str, Callable] = {
+    **dict.fromkeys(('in_channels', 'patch_size', 'patch_stride'), check_numbers),
+    **dict.fromkeys(
+        ('final_norm', 'fit_windows', 'mixer_symmetric', 'norm_eval', 'with_cls_token', 'with_cp'), check_flags
+    ),
+    **dict.fromkeys(('drop_rate', 'drop_path_rate'), check_rates),
+    **dict.fromkeys(('norm_eps', 'layer_scale_init', 'rotary_pretrain_size'), check_positive),
+    'window_size': partial(check_numbers, 0),
+    'interpolate_mode': lambda interpolate_mode: check_choice('interpolate_mode', interpolate_mode, INTERPOLATIONS),
+    'scan_backend': check_backend,
+    'init_cfg': check_init_cfg,
+}
+MAY_BE_NONE = {'final_norm', 'layer_scale_init', 'patch_stride', 'rotary_pretrain_size'}
+
+
+def check_arguments(arguments: Mapping[str, object], choices: Mapping[str, Iterable]) -> None:
+    """Refuse the first argument of a backbone that has no legal value.
+
+    Args:
+        arguments: all arguments by name; those with neither choices nor an entry in ``RULES`` are not checked.
+        choices: legal values of the arguments that have few.
+    """
+    for name, value in arguments.items():
+        if name in choices:
+            check_choice(name, value, choices[name])
+        elif name in RULES and not (value is None and name in MAY_BE_NONE):
+            RULES[name](**{name: value})

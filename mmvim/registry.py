@@ -32,9 +32,9 @@ SCOPE = 'mmvim'
 # Parts derived from a host's classes. Their modules are imported when one is asked for by name, not with the locations
 # below: a segmentation or classification config then never loads MMDetection.
 HOST_PARTS = {
-    'CascadeRoIHead': 'mmvim.models.roi_heads',
-    'AllBoxesSampler': 'mmvim.models.roi_heads',
-    'TokenMaxClsHead': 'mmvim.models.heads',
+    'CascadeRoIHead': 'mmvim.models.heads.cascade_roi_head',
+    'AllBoxesSampler': 'mmvim.models.heads.cascade_roi_head',
+    'TokenMaxClsHead': 'mmvim.models.heads.token_max_cls_head',
     'InstanceTTAModel': 'mmvim.models.test_time_augs',
     'CocoFolderDataset': 'mmvim.datasets.coco',
     'ShapesDataset': 'mmvim.datasets.coco',

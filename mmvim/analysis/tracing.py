@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from mmvim.errors import ConfigError
 from mmvim.models.backbones import HierVim, MambaVision, VisionMamba, VisionTransformer
-from mmvim.models.backbones.vision_mamba import class_token_positions
 from mmvim.models.layers import MambaVisionMixer, VimMixer
+from mmvim.models.layers.class_tokens import class_token_positions
 from mmvim.models.layers.mambavision_mixer import CONVS
 from mmvim.models.layers.windows import from_windows, window_shape
 from ssm_kernels import causal_conv1d

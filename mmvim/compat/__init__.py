@@ -1,16 +1,34 @@
-"""What the host libraries lack: the look-up of packages for `_base_`, and mmcv's ops without compiled code."""
+"""Everything that mmvim changes in mmengine, mmcv and the hosts, put in place by `install`."""
 
+from mmvim.compat.checkpoint_files import read_checkpoints_safely
 from mmvim.compat.lookup import keep_host_scope, register_packages
 from mmvim.compat.mmcv_finder import serve_missing_ops
 from mmvim.compat.mmcv_ops import MissingOpError
 from mmvim.compat.versions import explain_transformers, require
 
 
-def prepare_hosts() -> None:
-    """Prepare mmengine and mmcv for mmvim. Called by `import mmvim`; calling it again does nothing."""
+def install() -> None:
+    """Change the hosts, once for the process and whether they are imported before or after. `import mmvim` calls it.
+
+    No other code of this package changes a host, and none of the changes depends on which models are built.
+
+    - `register_packages`: `_base_ = 'mmvim::...'`, and `'mmseg::...'` of a fork under another distribution name.
+      Needless when mmengine finds packages by their module.
+    - `keep_host_scope`: unscoped names in a config inherited through `mmvim::` are its host's. Needless when mmengine
+      marks such a config with its own `default_scope`.
+    - `serve_missing_ops`: ops of an mmcv without compiled code come from torchvision. Needless where mmcv has them.
+    - `read_checkpoints_safely`: files of weights, of every model, are read without running code from them; mmengine
+      0.10.12 falls back to unpickling, which does. A file that holds objects of classes not known to be harmless is
+      refused, with the remedy. safetensors are read too, `init_cfg` with a prefix keeps the metadata of weights, and a
+      published classifier fits MMPretrain's names. Weights of models without a backbone of mmvim load as without it.
+      Needless when mmengine reads with `weights_only=True` alone and keeps metadata.
+    """
     register_packages()
     keep_host_scope()
     serve_missing_ops()
+    read_checkpoints_safely()
 
 
-__all__ = ['MissingOpError', 'explain_transformers', 'prepare_hosts', 'require']
+prepare_hosts = install  # its former name
+
+__all__ = ['MissingOpError', 'explain_transformers', 'install', 'prepare_hosts', 'require']

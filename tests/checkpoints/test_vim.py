@@ -143,7 +143,10 @@ def test_blocks_that_are_not_built_are_dropped(published):
 @pytest.mark.parametrize(
     ('settings', 'remedy'),
     [
-        (dict(arch='small'), r'the file has embed_dims 32, the model 384: set embed_dims=32; the file has depth 4'),
+        (
+            dict(arch='small'),
+            'embed_dims 32, the model 384: set embed_dims=32 in arch; the file has depth 4, the model 24: ',
+        ),
         (dict(arch=dict(SMALL, depth=6)), r'the file has depth 4, the model 6: set depth=4'),
         (dict(arch=dict(SMALL, depth=2)), r'the file has depth 4, the model 2: set depth=4'),
         (dict(arch=dict(SMALL, d_state=8)), r'the file has d_state 4, the model 8: set d_state=4'),
@@ -162,10 +165,12 @@ def test_a_file_of_another_vim_is_refused_with_the_remedy(published, settings, r
 
 
 def test_a_published_size_is_named(tmp_path):
-    weights = vim(arch=dict(embed_dims=384, depth=4)).state_dict()
-    torch.save({'model': weights}, tmp_path / 'small.pth')
-    with pytest.raises(CheckpointError, match="the file has embed_dims 384, the model 32: set arch='small'"):
-        init_from(vim(), tmp_path / 'small.pth')
+    torch.save({'model': vim(arch='tiny').state_dict()}, tmp_path / 'tiny.pth')
+    named = (
+        "the file has embed_dims 192, the model 32, depth 24, the model 4, d_state 16, the model 4: set arch='tiny'$"
+    )
+    with pytest.raises(CheckpointError, match=named):
+        init_from(vim(), tmp_path / 'tiny.pth')
 
 
 def test_a_file_of_another_kind_of_model_is_refused(tmp_path):

@@ -30,7 +30,7 @@ from mmvim.registry import MODELS
 print(MODELS.get('mmvim.VisionMamba'))
 """
     )
-    assert 'mmvim.models.backbones.vision_mamba.VisionMamba' in out
+    assert 'mmvim.models.backbones.vim.model.VisionMamba' in out
 
 
 def test_the_stand_in_is_a_module_like_any_other(run_python):

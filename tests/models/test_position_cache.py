@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mmvim.models import VisionMamba, VisionTransformer
-from mmvim.models.layers import patch_embed
+from mmvim.models.layers import positions
 
 IMAGE = torch.linspace(-1, 1, 3 * 48 * 32).view(1, 3, 48, 32)
 
@@ -27,14 +27,13 @@ def model(request):
 @pytest.fixture
 def made(monkeypatch):
     """Grids for which positions were interpolated."""
-    grids, resize = [], patch_embed.resize_pos_embed
+    grids, resize = [], positions.resize_pos_embed
 
     def count(table, source, target, mode):
         grids.append(tuple(target))
         return resize(table, source, target, mode)
 
-    for module in ('vision_mamba', 'vision_transformer'):
-        monkeypatch.setattr(f'mmvim.models.backbones.{module}.resize_pos_embed', count)
+    monkeypatch.setattr('mmvim.models.base.resize_pos_embed', count)
     return grids
 
 

@@ -291,7 +291,7 @@ def test_later_stages_take_all_refined_boxes_and_no_new_ground_truth(model_cfg):
 def test_boxes_without_area_are_left_out(model_cfg):
     from mmdet.models.task_modules import MaxIoUAssigner
 
-    from mmvim.models.roi_heads import AllBoxesSampler
+    from mmvim.models.heads.cascade_roi_head import AllBoxesSampler
 
     boxes = torch.tensor([[0.0, 0, 10, 10], [5, 5, 5, 9], [40, 40, 50, 50], [7, 9, 9, 8]])
     truth = InstanceData(bboxes=torch.tensor([[0.0, 0, 10, 9]]), labels=torch.tensor([2]))

@@ -9,7 +9,7 @@ from mmengine.registry import MODELS
 
 import mmvim  # noqa: F401
 from mmvim.models import VisionMamba
-from mmvim.models.backbones.vision_mamba import class_token_positions
+from mmvim.models.layers.class_tokens import class_token_positions
 
 TINY = dict(arch=dict(embed_dims=32, depth=4), img_size=64)
 DENSE = dict(TINY, cls_token=None, out_type='featmap')

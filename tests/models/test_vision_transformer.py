@@ -298,7 +298,7 @@ def test_initialisation():
         (dict(window_size=14), 'a class token belongs to no window: set with_cls_token=False'),
         (dict(window_size=-1), 'window_size must be a whole number of at least 0'),
         (dict(VITDET, global_attn_indexes=(4,)), 'global_attn_indexes must be within 0 to 3'),
-        (dict(out_indices=(12,)), 'out_indices must be within 0 to 11'),
+        (dict(out_indices=(12,)), 'out_indices must rise within 0 to 11'),
         (dict(out_indices=(5, 3)), 'out_indices must rise'),
         (dict(out_indices=()), 'out_indices must rise'),
         (dict(out_indices=(5,), final_norm=True), 'final_norm belongs to the last block'),

@@ -5,18 +5,23 @@ from torch import Tensor, nn
 
 # B batch, L tokens, D width
 
+ATTENTIONS = ('sdpa', 'materialized')
+
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention through PyTorch's scaled_dot_product_attention.
+    """Multi-head self-attention.
 
     Args:
         embed_dims: width D.
         num_heads: heads; they divide D.
+        attention: 'sdpa' calls scaled_dot_product_attention; 'materialized' computes the L x L weights of every head,
+            as the baseline of the Vim paper does, for comparisons of memory and time.
     """
 
-    def __init__(self, embed_dims: int, num_heads: int) -> None:
+    def __init__(self, embed_dims: int, num_heads: int, attention: str = 'sdpa') -> None:
         super().__init__()
         self.num_heads = num_heads
+        self.attention = attention
         self.qkv = nn.Linear(embed_dims, 3 * embed_dims)
         self.proj = nn.Linear(embed_dims, embed_dims)
         self.init_weights()
@@ -29,7 +34,11 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Tokens (B, L, D) -> tokens (B, L, D)."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        if self.attention == 'sdpa':
+            x = F.scaled_dot_product_attention(q, k, v)
+        else:
+            x = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1) @ v
+        return self.proj(x.transpose(1, 2).flatten(2))
 
 
 class Mlp(nn.Module):

@@ -16,6 +16,16 @@ from ssm_kernels import DirectionWeights, causal_conv1d, load_backends, mamba_in
 CONVS = {'same': same_conv1d, 'causal': causal_conv1d}
 MERGES = ('concat', 'gate')
 DT_INITS = ('published', 'mamba')
+PLACES = ('early', 'middle', 'last', 'none', 'all')
+
+
+def attention_places(depth: int, attention: str | int) -> tuple[bool, ...]:
+    """Which blocks of a level of this depth are attention, see ``MambaVision``'s argument."""
+    if isinstance(attention, int):
+        return tuple((i + 1) % attention == 0 for i in range(depth))
+    count = {'none': 0, 'all': depth}.get(attention, depth // 2)
+    start = {'middle': (depth - count) // 2, 'last': depth - count}.get(attention, 0)
+    return tuple(start <= i < start + count for i in range(depth))
 
 
 class MambaVisionMixer(nn.Module):

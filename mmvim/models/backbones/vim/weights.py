@@ -1,21 +1,46 @@
 """Published Vim weights (hustvl/Vim) and our own, fitted to a VisionMamba of another size, grid or read-out."""
 
+import math
 import re
-from collections import OrderedDict
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
-from mmvim.checkpoints.fitting import Conversion, convert_on_load
-from mmvim.checkpoints.reading import MODEL_NAME
-from mmvim.checkpoints.settings import METADATA, HiddenSetting, both_classify, differing, same_output
 from mmvim.errors import CheckpointError
+from mmvim.models.conversion import (
+    count_layers,
+    drop_unbuilt_blocks,
+    grid_of,
+    resize_positions,
+    square_grid_of,
+)
+from mmvim.models.layers.class_tokens import (
+    class_token_names,
+    class_token_positions,
+    class_tokens,
+    insert_class_tokens,
+    patch_tokens,
+)
+from mmvim.models.layers.positions import square_grid
+from mmvim.weights.family import Family, Identity, Known, Words
+from mmvim.weights.fitting import Conversion
+from mmvim.weights.reading import MODEL_NAME
+from mmvim.weights.settings import (
+    METADATA,
+    HiddenSetting,
+    Values,
+    arguments,
+    both_classify,
+    file_metadata,
+    same_output,
+    saved_values,
+)
 
 # M = h * w patch tokens, D width
 
-ARCH_OF_WIDTH = {192: 'tiny', 384: 'small', 768: 'base'}
 ROTARY = 'rope.'  # tables that the original code saves with a model that has rotary embedding, under `rope.freqs_*`
+MIXER_WEIGHTS = ('A_log', 'conv1d.weight', 'dt_proj.weight')  # which show how a mixer was built
+LONG_SEQUENCE = (27, 27)  # 224 pixels in patches of 16 every 8: published long-sequence Vim
 
 
 def _same_table(theirs: Mapping, ours: Mapping) -> bool:
@@ -84,11 +109,6 @@ def settings_of_name(name: str | None) -> dict | None:
     }
 
 
-def class_token_names(layout: str | None) -> tuple[str, ...]:
-    """Parameters of the class tokens of a layout: 'middle', 'head', 'double' or None."""
-    return {None: (), 'double': ('cls_token_head', 'cls_token_tail')}.get(layout, ('cls_token',))
-
-
 def saved_class_tokens(state_dict: Mapping[str, Tensor], single: str = 'middle') -> str | None:
     """Layout of the class tokens in a file. A single one does not show where it stands; published ones: 'middle'."""
     if 'cls_token_head' in state_dict:
@@ -133,30 +153,17 @@ def vim_state_dict(
     Raises:
         CheckpointError: if the position table fits no grid.
     """
-    # the backbone imports this module
-    from mmvim.models.backbones.vision_mamba import class_token_positions
-    from mmvim.models.layers.patch_embed import resize_pos_embed, square_grid
-
     single = source_cls_token or (cls_token if cls_token in ('middle', 'head') else 'middle')
     saved = saved_class_tokens(state_dict, single)
-    drop = {name for name in state_dict if name.startswith(('head.', ROTARY))}
-    if not final_norm:
-        drop |= {name for name in state_dict if name.startswith('norm_f.')}
-    if depth is not None and num_layers is not None and num_blocks(state_dict) == depth:
-        drop |= {name for name in state_dict if name.startswith('layers.') and int(name.split('.')[1]) >= num_layers}
-    if cls_token is None:
-        drop |= set(class_token_names(saved))
-    converted = OrderedDict((name, value) for name, value in state_dict.items() if name not in drop)
-    result = Conversion(converted, dropped=[name for name in state_dict if name in drop])
+    unwanted = ('head.', ROTARY, *(() if final_norm else ('norm_f.',)))
+    unwanted += class_token_names(saved) if cls_token is None else ()
+    result = drop_unbuilt_blocks(state_dict, 'layers', depth, num_layers, unwanted)
     table = state_dict.get('pos_embed')
     if table is None or table.ndim != 3:
         return result
 
     num_patches = table.shape[1] - len(class_token_names(saved))
-    if source_grid is None:
-        source_grid = square_grid(num_patches)
-        if source_grid is None and num_patches == grid_size[0] * grid_size[1]:
-            source_grid = tuple(grid_size)
+    source_grid = source_grid or grid_of(num_patches, grid_size)
     if source_grid is None or source_grid[0] * source_grid[1] != num_patches:
         reason = 'which is no square grid' if source_grid is None else f'which is not the grid {tuple(source_grid)}'
         raise CheckpointError(
@@ -167,98 +174,42 @@ def vim_state_dict(
     target_places = class_token_positions(cls_token, grid_size[0] * grid_size[1])
     if tuple(source_grid) == tuple(grid_size) and places == target_places:
         return result
-
-    tokens = [table[:, place : place + 1] for place in places]
+    tokens = class_tokens(saved, table, num_patches)
     if len(places) > len(target_places):
         result.dropped += [f'pos_embed[{place}]' for place in places]
     if len(places) != len(target_places):  # if any are wanted, the file lacks the class tokens too, which is refused
         tokens = [table.new_zeros(1, 1, table.shape[2])] * len(target_places)
-    is_patch = torch.ones(table.shape[1], dtype=torch.bool)
-    is_patch[list(places)] = False
-    patches = resize_pos_embed(table[:, is_patch], source_grid, grid_size, mode)
-    if tuple(source_grid) != tuple(grid_size):
-        result.interpolated.append(f'pos_embed from {source_grid[0]}x{source_grid[1]} to {grid_size[0]}x{grid_size[1]}')
-    for place, token in zip(target_places, tokens, strict=True):
-        patches = torch.cat([patches[:, :place], token, patches[:, place:]], dim=1)
-    converted['pos_embed'] = patches
+    patches = resize_positions(result, patch_tokens(saved, table, num_patches), source_grid, grid_size, mode)
+    result.state_dict['pos_embed'] = insert_class_tokens(cls_token, patches, tokens)
     return result
 
 
-def num_blocks(state_dict: Mapping[str, Tensor]) -> int:
-    """Blocks in a Vim's weights."""
-    return len({name.split('.')[1] for name in state_dict if name.startswith('layers.')})
-
-
-def vim_settings(state_dict: Mapping[str, Tensor]) -> dict:
+def _read(state_dict: Mapping[str, Tensor], backbone: nn.Module | None = None) -> dict:
     """Arguments of VisionMamba that can be read from weights; empty if they are no Vim's."""
     patch, a_log = state_dict.get('patch_embed.proj.weight'), state_dict.get('layers.0.mixer.A_log')
     if patch is None or a_log is None:
         return {}
     first = 'layers.0.mixer.'
-    directions = "'none', 'block' or 'sequence'"
+    directions = Words("'none', 'block' or 'sequence'")
     if first + 'A_b_log' in state_dict:
-        directions = "'v2'" if first + 'conv1d_b.weight' in state_dict else "'v1'"
-    return {
+        directions = 'v2' if first + 'conv1d_b.weight' in state_dict else 'v1'
+    settings = {
         'embed_dims': patch.shape[0],
-        'depth': num_blocks(state_dict),
+        'depth': count_layers(state_dict, 'layers'),
         'patch_size': patch.shape[-1],
         'in_channels': patch.shape[1],
         'd_state': a_log.shape[1],
         'directions': directions,
-        'class tokens': {None: 'none', 'double': 'double'}.get(saved_class_tokens(state_dict), 'one'),
-        'layer scale': 'yes' if first + 'gamma' in state_dict else 'no',
+        'layer scale': Words('yes' if first + 'gamma' in state_dict else 'no'),
     }
+    if backbone is None or backbone.cls_layout is not None:  # else those of the file are dropped
+        count = len(class_token_names(saved_class_tokens(state_dict)))
+        settings['class tokens'] = Words(('none', 'one', 'double')[count])
+    return settings
 
 
-def explain_vim(file: Mapping[str, Tensor], model: Mapping[str, Tensor], depth: int | None = None) -> list[str]:
-    """Why the weights of a file do not fit a VisionMamba, one sentence a cause, with the remedy.
-
-    Args:
-        file: weights in the file, by published name.
-        model: state dict of the model.
-        depth: blocks of the model's architecture, where it has not built them all.
-    """
-    theirs, ours = vim_settings(file), vim_settings(model)
-    if not theirs:
-        return [
-            f'this is no Vim checkpoint, it holds {", ".join(list(file)[:3])}, ...: give one that belongs to this model'
-        ]
-    if depth is not None:
-        ours['depth'] = depth
-    if ours['class tokens'] == 'none':  # those of the file are dropped
-        theirs.pop('class tokens')
-    remedies = {
-        'embed_dims': f'set arch={ARCH_OF_WIDTH.get(theirs["embed_dims"])!r}'
-        if theirs['embed_dims'] in ARCH_OF_WIDTH
-        else '',
-        'class tokens': {'none': 'set cls_token=None', 'double': "set cls_token='double'"}.get(
-            theirs.get('class tokens'), "set cls_token='middle'"
-        ),
-        'layer scale': 'set layer_scale_init' + ('' if theirs['layer scale'] == 'yes' else '=None'),
-    }
-    return [
-        f'the file has {name} {value}, the model {ours[name]}: {remedies.get(name) or f"set {name}={value}"}'
-        for name, value in theirs.items()
-        if value != ours[name]
-    ]
-
-
-def load_published_vim(backbone: nn.Module) -> None:
-    """Let a VisionMamba load published weights, and its own at another image size, in every way to load.
-
-    Its own weights carry grid, class-token layout and all of `HIDDEN_SETTINGS` as metadata of the state dict, so that
-    non-square grids and class tokens at the head are known again. Settings of a published file are known from its
-    `args.model` and from its rotary tables, see `rotary_in`. See `convert_on_load` for what is raised and warned of.
-
-    Args:
-        backbone: a VisionMamba.
-    """
-    backbone._register_state_dict_hook(_after_save)
-    convert_on_load(backbone, _convert, _explain, _differ)
-
-
-def vim_hidden_settings(backbone: nn.Module) -> dict:
-    """Values of a VisionMamba's `HIDDEN_SETTINGS`, and its grid (h, w) of patches."""
+def _values(backbone: nn.Module) -> dict:
+    names = ('out_type', 'out_indices', 'feature_source', 'final_norm', 'interpolate_mode')
     settings = {
         'grid': tuple(backbone.grid),
         # in training, 'sequence' is 'none' with half of the batches backwards
@@ -266,11 +217,7 @@ def vim_hidden_settings(backbone: nn.Module) -> dict:
         'rotary': backbone.rotary_mode,
         'cls_token': backbone.cls_layout,
         'patch_stride': backbone.patch_embed.patch_stride,
-        'out_type': backbone.out_type,
-        'out_indices': backbone.out_indices,
-        'feature_source': backbone.feature_source,
-        'final_norm': backbone.final_norm,
-        'interpolate_mode': backbone.interpolate_mode,
+        **{name: getattr(backbone, name) for name in names},
     }
     if backbone.rotary is not None:
         settings['rotary_pretrain_size'] = backbone.rotary.pretrain_size
@@ -282,11 +229,7 @@ def vim_hidden_settings(backbone: nn.Module) -> dict:
     return settings
 
 
-def _after_save(backbone, state_dict, prefix, local_metadata) -> None:
-    local_metadata[METADATA] = vim_hidden_settings(backbone)
-
-
-def _convert(backbone, weights: Mapping[str, Tensor], metadata: Mapping) -> Conversion:
+def _convert(backbone: nn.Module, weights: Mapping[str, Tensor], metadata: Mapping) -> Conversion:
     saved = metadata.get(METADATA) or settings_of_name(metadata.get(MODEL_NAME)) or {}
     return vim_state_dict(
         weights,
@@ -301,40 +244,30 @@ def _convert(backbone, weights: Mapping[str, Tensor], metadata: Mapping) -> Conv
     )
 
 
-def _explain(backbone, weights: Mapping[str, Tensor]) -> list[str]:
-    return explain_vim(weights, backbone.state_dict(), backbone.depth)
-
-
-def _differ(backbone, weights: Mapping[str, Tensor], metadata: Mapping) -> tuple[list[str], list[str]]:
-    # the backbone imports this module
-    from mmvim.models.layers.patch_embed import square_grid
-
-    ours = vim_hidden_settings(backbone)
-    if METADATA in metadata:
-        return differing(HIDDEN_SETTINGS, metadata[METADATA], ours)
-    if not vim_settings(weights):
-        return [], []
+def _known(backbone: nn.Module, weights: Mapping[str, Tensor], metadata: Mapping, ours: Values) -> Known:
+    """What the name by which the original code built a model tells, and what its tables do."""
+    if not _read(weights):
+        return Known()
     name = metadata.get(MODEL_NAME)
     named = settings_of_name(name)
-    theirs, evidence = dict(named or {}), dict.fromkeys(named or {}, 'by its args.model')
+    known = Known(dict(named or {}), dict.fromkeys(named or {}, 'by its args.model'))
     told = rotary_in(weights, named, ours['rotary'])
     if told is not None:
-        theirs['rotary'], evidence['rotary'] = told
+        known.values['rotary'], known.evidence['rotary'] = told
     table = weights.get('pos_embed')
     if table is not None:
-        theirs['grid'] = square_grid(table.shape[1] - len(class_token_names(saved_class_tokens(weights))))
-    refused, warned = differing(HIDDEN_SETTINGS, theirs, ours, evidence)
+        known.values['grid'] = square_grid(table.shape[1] - len(class_token_names(saved_class_tokens(weights))))
     if name is not None and named is None:
-        warned.append(
+        known.notes.append(
             f'args.model={name!r} of the file is no name of the original code, which leaves its class token, rotary '
             'embedding and divide_output unknown: compare them'
         )
     elif told is None and ours['rotary'] is not None:
-        warned.append(
+        known.notes.append(
             'the file does not tell whether it was trained with rotary embedding, and the model has '
             f'rotary={ours["rotary"]!r}: compare it'
         )
-    return [], refused + warned  # what a name tells may be wrong
+    return known
 
 
 def rotary_in(
@@ -361,3 +294,103 @@ def rotary_in(
     if named is not None or ('head.weight' in weights and saved_class_tokens(weights) is not None):
         return None, f'it has no {ROTARY}freqs_cos'
     return None
+
+
+def _mixer(weights: Mapping[str, Tensor], width: int) -> dict:
+    """Entries of `arch` by which mixers are built."""
+    shapes = {
+        name: weights[f'layers.0.mixer.{name}'].shape for name in MIXER_WEIGHTS if f'layers.0.mixer.{name}' in weights
+    }
+    inner, d_state = shapes['A_log']
+    return dict(
+        d_state=d_state,
+        d_conv=shapes['conv1d.weight'][-1] if 'conv1d.weight' in shapes else 4,
+        expand=inner // width,
+        dt_rank=shapes['dt_proj.weight'][-1] if 'dt_proj.weight' in shapes else math.ceil(width / 16),
+    )
+
+
+def _recognise(weights: Mapping[str, Tensor], arch_zoo: Mapping[str, Mapping]) -> Identity | None:
+    found = _read(weights)
+    if not found:
+        return None
+    width, depth, patch = found['embed_dims'], found['depth'], found['patch_size']
+    mixer = _mixer(weights, width)
+    usual = dict(d_state=16, d_conv=4, expand=2, dt_rank=math.ceil(width / 16))
+    size = WEIGHTS.size_of(arch_zoo, found) if mixer == usual else None
+    name, saved = file_metadata(weights).get(MODEL_NAME), saved_values(weights)
+    named = settings_of_name(name)
+    known = saved or named or {}
+    layout = saved_class_tokens(weights, known.get('cls_token') or 'middle')
+    grid = known.get('grid') or square_grid_of(weights, len(class_token_names(layout)), 'Vim')
+    stride = known.get('patch_stride') or (patch // 2 if grid == LONG_SEQUENCE and patch == 16 else patch)
+    image_size = tuple((n - 1) * stride + patch for n in grid)
+    final_norm = 'norm_f.weight' in weights
+    told = (saved['rotary'], 'as it was saved') if 'rotary' in saved else rotary_in(weights, named)
+    backbone = dict(
+        type='mmvim.VisionMamba',
+        arch=size or dict(embed_dims=width, depth=depth, **mixer),
+        img_size=image_size,
+        patch_size=patch,
+        patch_stride=stride,
+        in_channels=found['in_channels'],
+        cls_token=layout,
+        directions='none' if isinstance(found['directions'], Words) else found['directions'],
+        layer_scale_init=1.0 if found['layer scale'] == 'yes' else None,
+        out_type='featmap' if not final_norm else 'cls_token' if layout else 'avg_featmap',
+        final_norm=final_norm,
+    )
+    backbone |= arguments(known, HIDDEN_SETTINGS) | {'rotary': told and told[0]}
+    facts = [
+        f'{depth} blocks of width {width}',
+        f'patches of {patch} pixels every {stride}',
+        f'positions for a grid of {grid[0]}x{grid[1]}',
+        {None: 'no class token', 'double': 'two class tokens'}.get(layout, f'class token: {layout}'),
+        f'directions {found["directions"]!r}',
+        f'rotary {backbone["rotary"]!r}',
+    ]
+    assumed = [
+        (
+            name and not named and not saved,
+            f'nothing from args.model={name!r}, which is no name of the original code',
+        ),
+        (
+            layout in ('middle', 'head') and 'cls_token' not in known,
+            'the file does not tell where its class token stands: in the middle, as in published files',
+        ),
+        (told is None, 'the file does not tell whether it was trained with rotary embedding: it was not'),
+        (
+            backbone['rotary'] and 'rotary' not in known,
+            "the file does not tell which streams rotary embedding turns: 'both'",
+        ),
+        (
+            found['directions'] == 'v2' and 'divide_output' not in known,
+            'the file does not tell whether the sum of both directions is halved: it is, as in published files',
+        ),
+        (
+            stride != patch and 'patch_stride' not in known,
+            'a grid of 27x27 is taken for that of 224 pixels every 8, as in published long-sequence files',
+        ),
+    ]
+    notes = [note for is_assumed, note in assumed if is_assumed]
+    return Identity('Vim', size, backbone, image_size, facts, notes)
+
+
+def _class_token_remedy(count: str) -> str:
+    return 'set cls_token=' + {'none': 'None', 'one': "'middle'", 'double': "'double'"}[count]
+
+
+WEIGHTS = Family(
+    name='Vim',
+    read=_read,
+    convert=_convert,
+    hidden=HIDDEN_SETTINGS,
+    values=_values,
+    recognise=_recognise,
+    known=_known,
+    arch=dict(embed_dims=None, depth=None, d_state=16),
+    remedies={
+        'class tokens': _class_token_remedy,
+        'layer scale': lambda scaled: 'set layer_scale_init' + ('' if scaled == 'yes' else '=None'),
+    },
+)

@@ -2,34 +2,17 @@
 
 from collections.abc import Sequence
 
-import torch
-from mmcv.cnn.bricks import DropPath
 from mmcv.cnn.bricks.transformer import FFN, PatchEmbed, PatchMerging
-from mmengine.model import BaseModule
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from mmvim.arguments import (
-    as_indices,
-    check_arch,
-    check_backend,
-    check_choice,
-    check_divide_output,
-    check_flags,
-    check_frozen_stages,
-    check_init_cfg,
-    check_numbers,
-    check_rates,
-    four_numbers,
-)
-from mmvim.checkpoints import load_hier_vim
-from mmvim.models.layers.norm import LayerNorm2d
+from mmvim.arguments import check_divide_output
+from mmvim.models.backbones.hier_vim.weights import WEIGHTS
+from mmvim.models.base import HierarchicalBackbone, Stage
+from mmvim.models.layers.drop_path import drop_path, drop_path_rates
 from mmvim.models.layers.vim_mixer import DIRECTIONS, VimMixer
 from mmvim.registry import MODELS
 
 # B batch, C channels of a stage, h x w its map, L = h * w tokens
-
-NUM_STAGES = 4
 
 
 class HierVimBlock(nn.Module):
@@ -46,7 +29,7 @@ class HierVimBlock(nn.Module):
         super().__init__()
         self.norm1 = nn.LayerNorm(embed_dims)
         self.mixer = VimMixer(embed_dims, **mixer)
-        self.drop_path = DropPath(drop_path_rate) if drop_path_rate > 0 else nn.Identity()
+        self.drop_path = drop_path(drop_path_rate)
         self.norm2 = nn.LayerNorm(embed_dims)
         self.ffn = FFN(
             embed_dims,
@@ -61,34 +44,8 @@ class HierVimBlock(nn.Module):
         return self.ffn(self.norm2(x), identity=x)
 
 
-class Stage(nn.Module):
-    """Blocks of one resolution, and what leads to the next.
-
-    Args:
-        blocks: the blocks.
-        downsample: what leads to the next stage; None behind the last that is built.
-        with_cp: gradient checkpointing, one checkpoint a block.
-    """
-
-    def __init__(self, blocks: Sequence[nn.Module], downsample: nn.Module | None, with_cp: bool) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(blocks)
-        if downsample is not None:
-            self.downsample = downsample
-        self.with_cp = with_cp
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Tokens (B, L, C) -> tokens (B, L, C), not down-sampled."""
-        for block in self.blocks:
-            if self.with_cp and torch.is_grad_enabled() and x.requires_grad:
-                x = checkpoint(block, x, use_reentrant=False)
-            else:
-                x = block(x)
-        return x
-
-
 @MODELS.register_module()
-class HierVim(BaseModule):
+class HierVim(HierarchicalBackbone):
     """Hier-Vim: Swin's layout with Vim's bidirectional scan in place of shifted-window attention (arXiv 2401.09417).
 
     Patches of 4x4 pixels, four stages of blocks, and between them 2x2 neighbours merged into one token of twice the
@@ -127,7 +84,12 @@ class HierVim(BaseModule):
         **dict.fromkeys(('s', 'small'), dict(embed_dims=96, depths=(2, 2, 15, 2))),
         **dict.fromkeys(('b', 'base'), dict(embed_dims=128, depths=(2, 2, 15, 2))),
     }
+    ARCH = ('embed_dims', 'depths'), ('mlp_ratio', 'd_state', 'd_conv', 'expand', 'dt_rank')
     OUT_TYPES = ('featmap', 'raw', 'avg_featmap')
+    CHOICES = dict(directions=DIRECTIONS)
+    BLOCKS = 'stages'
+    NO_DECAY = ('A_log', 'A_b_log', 'D', 'D_b')
+    WEIGHTS = WEIGHTS
 
     def __init__(
         self,
@@ -144,84 +106,25 @@ class HierVim(BaseModule):
         scan_backend: str | None = None,
         init_cfg: dict | None = None,
     ) -> None:
-        super().__init__(init_cfg)
-        check_init_cfg(init_cfg)
-        settings = self._arch_settings(arch)
-        self.embed_dims = settings.pop('embed_dims')
-        self.depths = tuple(settings.pop('depths'))
-        mlp_ratio = settings.pop('mlp_ratio', 4)
-        check_choice('out_type', out_type, self.OUT_TYPES)
-        check_choice('directions', directions, DIRECTIONS)
-        check_numbers(patch_size=patch_size, in_channels=in_channels)
-        check_rates(drop_path_rate=drop_path_rate)
+        super().__init__(locals(), stride=patch_size)
         check_divide_output(divide_output, directions)
-        check_flags(with_cp=with_cp)
-        check_frozen_stages(frozen_stages, NUM_STAGES)
-        check_backend(scan_backend)
         self.patch_size = patch_size
-        self.out_type = out_type
-        self.out_indices = self._absolute_indices(out_indices)
-        self.frozen_stages = frozen_stages
-
+        sizes = {key: self.settings[key] for key in ('d_state', 'd_conv', 'expand', 'dt_rank') if key in self.settings}
+        mixer = dict(sizes, directions=directions, divide_output=divide_output, scan_backend=scan_backend)
         self.patch_embed = PatchEmbed(
             in_channels, self.embed_dims, kernel_size=patch_size, stride=patch_size, norm_cfg=dict(type='LN')
         )
-        count = sum(self.depths)
-        rates = iter([drop_path_rate * i / (count - 1) for i in range(count)])
-        mixer = dict(settings, directions=directions, divide_output=divide_output, scan_backend=scan_backend)
+        rates = iter(drop_path_rates(drop_path_rate, sum(self.depths)))
         self.stages = nn.ModuleList()
         for i in range(self.out_indices[-1] + 1):
             width = self.embed_dims * 2**i
+            mlp_ratio = self.settings.get('mlp_ratio', 4)
             blocks = [HierVimBlock(width, mlp_ratio, next(rates), mixer) for _ in range(self.depths[i])]
             downsample = PatchMerging(width, 2 * width) if i < self.out_indices[-1] else None
             self.stages.append(Stage(blocks, downsample, with_cp))
         if out_type != 'raw':
-            for i, channels in zip(self.out_indices, self.out_channels, strict=True):
-                self.add_module(f'outnorm{i}', LayerNorm2d(channels, eps=1e-5))
-        for module in self._frozen_modules():
-            module.requires_grad_(False)
-        load_hier_vim(self)
-
-    # ---- arguments
-
-    def _arch_settings(self, arch: str | dict) -> dict:
-        if isinstance(arch, str):
-            if arch.lower() not in self.arch_zoo:
-                raise ValueError(f'arch must be one of {tuple(self.arch_zoo)}, got {arch!r}')
-            return dict(self.arch_zoo[arch.lower()])
-        required, optional = {'embed_dims', 'depths'}, {'mlp_ratio', 'd_state', 'd_conv', 'expand', 'dt_rank'}
-        if not isinstance(arch, dict) or not required <= set(arch) <= required | optional:
-            raise ValueError(
-                f'arch must be one of {tuple(self.arch_zoo)} or a dict with {sorted(required)} and optionally '
-                f'{sorted(optional)}, got {arch!r}'
-            )
-        check_arch(arch)
-        four_numbers('depths of arch', arch['depths'], 'stage')
-        return dict(arch)
-
-    def _absolute_indices(self, out_indices: int | Sequence[int] | None) -> tuple[int, ...]:
-        last = NUM_STAGES - 1
-        if out_indices is None:
-            return (last,) if self.out_type == 'avg_featmap' else tuple(range(NUM_STAGES))
-        given = as_indices('out_indices', out_indices)
-        indices = tuple(i + NUM_STAGES if i < 0 else i for i in given)
-        if not indices or list(indices) != sorted(set(indices)) or not 0 <= indices[0] <= indices[-1] <= last:
-            raise ValueError(f'out_indices must rise within 0 to {last}, got {out_indices}')
-        if self.out_type == 'avg_featmap' and indices != (last,):
-            raise ValueError(f"out_type='avg_featmap' is of the last stage: set out_indices=({last},), not {given}")
-        return indices
-
-    @property
-    def out_channels(self) -> tuple[int, ...]:
-        """Channels of each output."""
-        return tuple(self.embed_dims * 2**i for i in self.out_indices)
-
-    @property
-    def out_strides(self) -> tuple[int, ...]:
-        """Stride of each output map, pixels."""
-        return tuple(self.patch_size * 2**i for i in self.out_indices)
-
-    # ---- parameters
+            self.add_output_norms()
+        self.freeze()
 
     def init_weights(self) -> None:
         """Initialise all parameters, then load what ``init_cfg`` names."""
@@ -240,45 +143,6 @@ class HierVim(BaseModule):
                 elif isinstance(module, nn.LayerNorm):
                     module.reset_parameters()
         super().init_weights()
-
-    def no_weight_decay(self) -> set[str]:
-        """Names of the parameters, other than biases and norms, to which no weight decay applies."""
-        last_parts = ('A_log', 'A_b_log', 'D', 'D_b')
-        return {name for name, _ in self.named_parameters() if name.rpartition('.')[2] in last_parts}
-
-    def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
-        """Depth of a parameter for layer-wise learning rates.
-
-        Args:
-            param_name: name of the parameter.
-            prefix: what stands before this module's names in it.
-
-        Returns:
-            The depth, and the number of depths: 0 is the patch embedding, i + 1 block i counted through all stages (a
-            stage's down-sampling belongs to its last block), the last the norms of the outputs and all that follows
-            the backbone.
-        """
-        num_depths = sum(self.depths) + 2
-        parts = param_name.removeprefix(prefix).split('.') if param_name.startswith(prefix) else ['']
-        if parts[0] == 'patch_embed':
-            return 0, num_depths
-        if parts[0] == 'stages':
-            stage = int(parts[1])
-            block = int(parts[3]) if parts[2] == 'blocks' else self.depths[stage] - 1
-            return sum(self.depths[:stage]) + block + 1, num_depths
-        return num_depths - 1, num_depths
-
-    def _frozen_modules(self) -> list[nn.Module]:
-        return [self.patch_embed, *self.stages[: self.frozen_stages]] if self.frozen_stages >= 0 else []
-
-    def train(self, mode: bool = True):
-        """Set training mode; frozen stages stay in evaluation mode."""
-        super().train(mode)
-        for module in self._frozen_modules():
-            module.eval()
-        return self
-
-    # ---- forward
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Image (B, channels, H, W) -> one output per entry of out_indices, see ``out_type``."""

@@ -7,14 +7,30 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from mmvim.checkpoints.classifier import published_head
-from mmvim.checkpoints.fitting import Conversion, abridge, convert_on_load
-from mmvim.checkpoints.settings import METADATA, HiddenSetting, both_classify, differing, same_output
 from mmvim.errors import CheckpointError
+from mmvim.models.conversion import (
+    count_layers,
+    drop_unbuilt_blocks,
+    grid_of,
+    resize_positions,
+    square_grid_of,
+)
+from mmvim.models.layers.positions import square_grid
+from mmvim.weights.classifier import published_head
+from mmvim.weights.family import Family, Identity, Known
+from mmvim.weights.fitting import Conversion
+from mmvim.weights.settings import (
+    METADATA,
+    HiddenSetting,
+    Values,
+    arguments,
+    both_classify,
+    same_output,
+    saved_values,
+)
 
 # D width
 
-ARCH_OF_WIDTH = {192: 'deit-tiny', 384: 'deit-small', 768: 'deit-base'}
 PREFIX_TOKENS = ('cls_token', 'dist_token')
 NOT_BACKBONE = ('head.', 'head_dist.', 'simfp_', 'pre_logits.', 'fc_norm.')
 
@@ -90,144 +106,80 @@ def deit_state_dict(
     Raises:
         CheckpointError: if the position table fits no grid.
     """
-    # the backbone imports this module
-    from mmvim.models.layers.patch_embed import resize_pos_embed, square_grid
-
     weights = timm_names(state_dict)
-    drop = {name for name in weights if name.startswith(NOT_BACKBONE)} | ({'dist_token'} & set(weights))
-    if not with_cls_token:
-        drop |= {'cls_token'} & set(weights)
-    if not final_norm:
-        drop |= {name for name in weights if name.startswith('norm.')}
-    if num_blocks is not None and _num_blocks(weights) == depth:
-        drop |= {name for name in weights if name.startswith('blocks.') and int(name.split('.')[1]) >= num_blocks}
-    converted = OrderedDict((name, value) for name, value in weights.items() if name not in drop)
-    result = Conversion(converted, dropped=[name for name in weights if name in drop])
+    unwanted = (*NOT_BACKBONE, 'dist_token', *(() if with_cls_token else ('cls_token',)))
+    unwanted += () if final_norm else ('norm.',)
+    result = drop_unbuilt_blocks(weights, 'blocks', depth, num_blocks, unwanted)
     table = weights.get('pos_embed')
     if table is None or table.ndim != 3:
         return result
+    tokens, source_grid = _layout(weights, table, grid_size, source_grid)
+    kept = min(tokens, int(with_cls_token))
+    result.dropped += [f'pos_embed[{i}]' for i in range(kept, tokens)]
+    if tuple(source_grid) != tuple(grid_size) or kept != tokens:
+        patches = resize_positions(result, table[:, tokens:], source_grid, grid_size, mode)
+        result.state_dict['pos_embed'] = torch.cat((table[:, :kept], patches), dim=1)
+    return result
 
+
+def _layout(
+    weights: Mapping[str, Tensor], table: Tensor, target: tuple[int, int], grid: tuple[int, int] | None
+) -> tuple[int, tuple[int, int]]:
+    """Entries before those of patches in a position table, and the grid of the patches."""
     tokens = sum(name in weights for name in PREFIX_TOKENS)
-    if source_grid is not None:
-        tokens = table.shape[1] - source_grid[0] * source_grid[1]
+    if grid is not None:
+        tokens = table.shape[1] - grid[0] * grid[1]
     elif not tokens and square_grid(table.shape[1]) is None and square_grid(table.shape[1] - 1) is not None:
         tokens = 1  # detectron2 keeps the table's entry of a class token that it has not
     num_patches = table.shape[1] - tokens
-    source_grid = source_grid or square_grid(num_patches)
-    if source_grid is None and num_patches == grid_size[0] * grid_size[1]:
-        source_grid = tuple(grid_size)
-    if source_grid is None or not 0 <= tokens <= len(PREFIX_TOKENS):
+    grid = grid or grid_of(num_patches, target)
+    if grid is None or not 0 <= tokens <= len(PREFIX_TOKENS):
         raise CheckpointError(
             f'pos_embed has {num_patches} patch positions, which is no square grid: build the model with the img_size '
             'that the checkpoint was trained with'
         )
-    kept = min(tokens, int(with_cls_token))
-    result.dropped += [f'pos_embed[{i}]' for i in range(kept, tokens)]
-    patches = resize_pos_embed(table[:, tokens:], source_grid, grid_size, mode)
-    if tuple(source_grid) != tuple(grid_size):
-        result.interpolated.append(f'pos_embed from {source_grid[0]}x{source_grid[1]} to {grid_size[0]}x{grid_size[1]}')
-    elif kept == tokens:
-        return result
-    converted['pos_embed'] = torch.cat((table[:, :kept], patches), dim=1)
-    return result
+    return tokens, grid
 
 
-def _num_blocks(weights: Mapping[str, Tensor]) -> int:
-    return len({name.split('.')[1] for name in weights if name.startswith('blocks.')})
-
-
-def deit_settings(state_dict: Mapping[str, Tensor]) -> dict:
-    """Arguments of VisionTransformer that can be read from weights; empty if they are no plain vision transformer's."""
-    weights = timm_names(state_dict)
+def _read(weights: Mapping[str, Tensor], backbone: nn.Module | None = None) -> dict:
+    """Arguments of VisionTransformer that weights show; empty if they are no plain vision transformer's."""
     patch = weights.get('patch_embed.proj.weight')
     if patch is None or 'blocks.0.attn.qkv.weight' not in weights:
         return {}
     return {
         'embed_dims': patch.shape[0],
-        'depth': _num_blocks(weights),
+        'depth': count_layers(weights, 'blocks'),
         'patch_size': patch.shape[-1],
         'in_channels': patch.shape[1],
     }
 
 
-def explain_deit(file: Mapping[str, Tensor], model: Mapping[str, Tensor], depth: int | None = None) -> list[str]:
-    """Why the weights of a file do not fit a VisionTransformer, one sentence a cause, with the remedy.
-
-    Args:
-        file: weights in the file.
-        model: state dict of the model.
-        depth: blocks of the model's architecture, where it has not built them all.
-    """
-    theirs, ours = deit_settings(file), deit_settings(model)
-    if not theirs:
-        return [f'this is no DeiT checkpoint, it holds {abridge(file)}: give one that belongs to this model']
-    if depth is not None:
-        ours['depth'] = depth
-    arch = ARCH_OF_WIDTH.get(theirs['embed_dims'])
-    reasons = [
-        f'the file has {name} {value}, the model {ours[name]}: set '
-        + (f'arch={arch!r}' if name == 'embed_dims' and arch else f'{name}={value}')
-        for name, value in theirs.items()
-        if value != ours[name]
-    ]
-    if 'cls_token' in model and 'cls_token' not in file:
-        reasons.append('the file lacks a class token: set with_cls_token=False')
-    if 'norm.weight' in model and 'norm.weight' not in timm_names(file):
-        reasons.append('the file lacks the final norm: set final_norm=False')
-    if any('.rel_pos_' in name for name in file):
-        reasons.append('the file has relative positions, which this model has not: give one that was trained without')
-    return reasons
-
-
-def load_published_deit(backbone: nn.Module) -> None:
-    """Let a VisionTransformer load published weights, and its own at another image size, in every way to load.
-
-    Its own weights carry the grid and `HIDDEN_SETTINGS` as metadata of the state dict, so that non-square grids are
-    known again. See `convert_on_load` for what is raised and warned of.
-
-    Args:
-        backbone: a VisionTransformer.
-    """
-    backbone._register_state_dict_hook(_after_save)
-    convert_on_load(backbone, _convert, _explain, _differ)
-
-
-def deit_hidden_settings(backbone: nn.Module) -> dict:
-    """Values of a VisionTransformer's `HIDDEN_SETTINGS`, and its grid (h, w) of patches."""
+def _values(backbone: nn.Module) -> dict:
     first = backbone.blocks[0]
+    names = ('window_size', 'with_cls_token', 'out_type', 'out_indices', 'final_norm', 'interpolate_mode')
     return {
         'grid': tuple(backbone.grid),
         'num_heads': first.attn.num_heads,
-        'window_size': backbone.window_size,
         'global_attn_indexes': backbone.global_attn_indexes if backbone.window_size else (),
-        'with_cls_token': backbone.with_cls_token,
-        'out_type': backbone.out_type,
-        'out_indices': backbone.out_indices,
-        'final_norm': backbone.final_norm,
-        'interpolate_mode': backbone.interpolate_mode,
         'norm_eps': first.norm1.eps,
+        **{name: getattr(backbone, name) for name in names},
     }
 
 
-def _after_save(backbone, state_dict, prefix, local_metadata) -> None:
-    local_metadata[METADATA] = deit_hidden_settings(backbone)
-
-
-def _differ(backbone, weights: Mapping[str, Tensor], metadata: Mapping) -> tuple[list[str], list[str]]:
-    ours = deit_hidden_settings(backbone)
-    if METADATA in metadata:
-        return differing(HIDDEN_SETTINGS, metadata[METADATA], ours)
-    arch = backbone.arch_zoo.get(ARCH_OF_WIDTH.get(deit_settings(weights).get('embed_dims')))
-    theirs = {'num_heads': arch['num_heads']} if arch else {}
-    if arch and published_head(weights, metadata):
-        theirs['norm_eps'] = 1e-6
+def _known(backbone: nn.Module, weights: Mapping[str, Tensor], metadata: Mapping, ours: Values) -> Known:
+    width = _read(timm_names(weights)).get('embed_dims')
+    arch = next((arch for arch in backbone.arch_zoo.values() if arch['embed_dims'] == width), None)
+    if arch is None:
+        return Known()
+    values = {'num_heads': arch['num_heads']}
+    if published_head(weights, metadata):
+        values['norm_eps'] = 1e-6
         if 'cls_token' in weights:
-            theirs |= {'out_type': 'cls_token', 'with_cls_token': True}
-    refused, warned = differing(HIDDEN_SETTINGS, theirs, ours, dict.fromkeys(theirs, 'as in all published ones'))
-    return [], refused + warned
+            values |= {'out_type': 'cls_token', 'with_cls_token': True}
+    return Known(values, dict.fromkeys(values, 'as in all published ones'))
 
 
-def _convert(backbone, weights: Mapping[str, Tensor], metadata: Mapping) -> Conversion:
+def _convert(backbone: nn.Module, weights: Mapping[str, Tensor], metadata: Mapping) -> Conversion:
     if 'dist_token' in weights and backbone.out_type == 'cls_token':
         raise CheckpointError(
             'the checkpoint is of a distilled DeiT, which classifies by two tokens; this model has one: give the file '
@@ -245,5 +197,61 @@ def _convert(backbone, weights: Mapping[str, Tensor], metadata: Mapping) -> Conv
     )
 
 
-def _explain(backbone, weights: Mapping[str, Tensor]) -> list[str]:
-    return explain_deit(weights, backbone.state_dict(), backbone.depth)
+def _recognise(file: Mapping[str, Tensor], arch_zoo: Mapping[str, Mapping]) -> Identity | None:
+    weights, saved = timm_names(file), saved_values(file)
+    found = _read(weights)
+    if not found:
+        return None
+    width, depth, patch = found['embed_dims'], found['depth'], found['patch_size']
+    tokens = [name for name in PREFIX_TOKENS if name in weights]
+    grid = saved.get('grid') or square_grid_of(weights, len(tokens), 'DeiT')
+    image_size = tuple(n * patch for n in grid)
+    arch = dict(embed_dims=width, depth=depth, num_heads=saved.get('num_heads', max(width // 64, 1)))
+    size = next((name for name, a in reversed(arch_zoo.items()) if a == arch), None)
+    final_norm = 'norm.weight' in weights
+    distilled = 'dist_token' in tokens
+    backbone = dict(
+        type='mmvim.VisionTransformer',
+        arch=size or arch,
+        img_size=image_size,
+        patch_size=patch,
+        in_channels=found['in_channels'],
+        with_cls_token='cls_token' in tokens,
+        out_type='cls_token' if final_norm and tokens and not distilled else 'featmap',
+        final_norm=final_norm,
+    )
+    backbone |= arguments(saved, HIDDEN_SETTINGS)
+    facts = [
+        f'{depth} blocks of width {width}',
+        f'patches of {patch} pixels',
+        f'positions for a grid of {grid[0]}x{grid[1]}',
+        'class and distillation token' if distilled else 'class token at the head' if tokens else 'no class token',
+    ]
+    notes = []
+    if distilled:
+        notes.append(
+            'a distilled DeiT classifies by two tokens, which this package does not: for dense prediction only'
+        )
+    if not size and 'num_heads' not in saved:
+        notes.append(f'the file does not tell the number of heads: {arch["num_heads"]}, 64 channels each')
+    return Identity('DeiT', size, backbone, image_size, facts, notes)
+
+
+WEIGHTS = Family(
+    name='DeiT',
+    read=_read,
+    convert=_convert,
+    hidden=HIDDEN_SETTINGS,
+    values=_values,
+    recognise=_recognise,
+    known=_known,
+    rename=timm_names,
+    arch=dict(embed_dims=None, depth=None),
+    lacking={
+        'cls_token': 'the file lacks a class token: set with_cls_token=False',
+        'norm.weight': 'the file lacks the final norm: set final_norm=False',
+    },
+    foreign={
+        '.rel_pos_': 'the file has relative positions, which this model has not: give one that was trained without'
+    },
+)

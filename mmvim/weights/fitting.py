@@ -9,8 +9,8 @@ from functools import partial
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from mmvim.checkpoints.reading import SOURCE, facts_of_file
 from mmvim.errors import CheckpointError
+from mmvim.weights.reading import SOURCE, facts_of_file
 
 
 @dataclass
@@ -26,6 +26,12 @@ class Conversion:
     state_dict: dict[str, Tensor]
     dropped: list[str] = field(default_factory=list)
     interpolated: list[str] = field(default_factory=list)
+
+    @classmethod
+    def without(cls, weights: Mapping[str, Tensor], is_dropped: Callable[[str], bool]) -> 'Conversion':
+        """Weights but for those of which a function of the name is true."""
+        kept = OrderedDict((name, value) for name, value in weights.items() if not is_dropped(name))
+        return cls(kept, dropped=[name for name in weights if name not in kept])
 
 
 @dataclass
@@ -186,7 +192,10 @@ def _before_load(
     from_file = SOURCE in local_metadata
     source = f" '{local_metadata[SOURCE]}'" if from_file else ''
     if report.mismatched or (from_file and (report.missing or report.unexpected)):
-        reasons = explain(module, weights) or ['use the settings of the model that the checkpoint was saved from']
+        reasons = explain(module, weights) or [
+            'the file is incomplete or of another make: get it again, or use the settings of the model that it was '
+            'saved from'
+        ]
         raise CheckpointError(
             f'checkpoint{source} does not fit {type(module).__name__}: {report}. Remedy: {"; ".join(reasons)}'
         )

@@ -1,29 +1,23 @@
 """MambaVision, a hierarchical backbone of convolutions, selective scans and attention."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Sequence
 
 import torch
-from mmcv.cnn.bricks import DropPath
-from mmengine.model import BaseModule
 from mmengine.utils.dl_utils.parrots_wrapper import _BatchNorm
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from mmvim.arguments import (
-    as_indices,
-    check_arch,
-    check_backend,
-    check_choice,
-    check_flags,
-    check_frozen_stages,
-    check_init_cfg,
-    check_numbers,
-    check_rates,
-    four_numbers,
+from mmvim.arguments import four_numbers
+from mmvim.models.backbones.mambavision.mixer import (
+    CONVS,
+    DT_INITS,
+    MERGES,
+    PLACES,
+    MambaVisionMixer,
+    attention_places,
 )
-from mmvim.checkpoints import load_published_mambavision
-from mmvim.models.layers.mambavision_mixer import CONVS, DT_INITS, MERGES, MambaVisionMixer
+from mmvim.models.backbones.mambavision.weights import WEIGHTS
+from mmvim.models.base import HierarchicalBackbone, Stage
+from mmvim.models.layers.drop_path import drop_path, drop_path_rates
 from mmvim.models.layers.norm import LayerNorm2d
 from mmvim.models.layers.transformer import Mlp, SelfAttention
 from mmvim.models.layers.windows import from_windows, to_windows, window_shape
@@ -31,22 +25,7 @@ from mmvim.registry import MODELS
 
 # B batch, C channels of a level, H x W its map, K windows in a map, L tokens in a window
 
-NUM_LEVELS = 4
 CONV_LEVELS = 2  # levels 0 and 1 are convolutional, the others work on windows
-PLACES = ('early', 'middle', 'last', 'none', 'all')
-
-
-def attention_places(depth: int, attention: str | int) -> tuple[bool, ...]:
-    """Which blocks of a level of this depth are attention, see ``MambaVision``'s argument."""
-    if isinstance(attention, int):
-        return tuple((i + 1) % attention == 0 for i in range(depth))
-    count = {'none': 0, 'all': depth}.get(attention, depth // 2)
-    start = {'middle': (depth - count) // 2, 'last': depth - count}.get(attention, 0)
-    return tuple(start <= i < start + count for i in range(depth))
-
-
-def _drop_path(rate: float) -> nn.Module:
-    return DropPath(rate) if rate > 0 else nn.Identity()
 
 
 class Stem(nn.Module):
@@ -89,7 +68,7 @@ class ConvBlock(nn.Module):
         self.act = nn.GELU('tanh')
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
         self.norm2 = nn.BatchNorm2d(channels)
-        self.drop_path = _drop_path(drop_path_rate)
+        self.drop_path = drop_path(drop_path_rate)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, H, W) -> map (B, C, H, W)."""
@@ -115,7 +94,7 @@ class WindowBlock(nn.Module):
         self.mixer = mixer
         self.norm2 = nn.LayerNorm(embed_dims)
         self.mlp = Mlp(embed_dims, int(embed_dims * mlp_ratio))
-        self.drop_path = _drop_path(drop_path_rate)
+        self.drop_path = drop_path(drop_path_rate)
         self.layer_scale = layer_scale
         if layer_scale is not None:
             self.gamma_1 = nn.Parameter(torch.full((embed_dims,), float(layer_scale)))
@@ -160,7 +139,7 @@ class Downsample(nn.Module):
         return self.reduction(x)
 
 
-class Level(nn.Module):
+class Level(Stage):
     """Blocks of one resolution, and what leads to the next.
 
     Args:
@@ -173,59 +152,31 @@ class Level(nn.Module):
 
     def __init__(
         self,
-        blocks: Sequence[nn.Module],
+        blocks: Iterable[nn.Module],
         downsample: nn.Module | None,
         window: int | None,
         fit_windows: bool,
         with_cp: bool,
     ) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(blocks)
-        if downsample is not None:
-            self.downsample = downsample
+        super().__init__(blocks, downsample, with_cp)
         self.window = window
         self.fit_windows = fit_windows
-        self.with_cp = with_cp
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, H, W) -> map (B, C, H, W), not down-sampled."""
         if self.window is None:
-            return self._run(x)
-        size = x.shape[-2:]
+            return super().forward(x)
+        size, images = x.shape[-2:], x.shape[0]
         window = window_shape(size, self.window, self.fit_windows)
-        return from_windows(self._run(to_windows(x, window, size), x.shape[0]), window, x.shape[0], size)
-
-    def _run(self, *inputs: Tensor | int) -> Tensor:
-        x, *images = inputs
-        for block in self.blocks:
-            if self.with_cp and torch.is_grad_enabled() and x.requires_grad:
-                x = checkpoint(block, x, *images, use_reentrant=False, **_recomputation(block))
-            else:
-                x = block(x, *images)
-        return x
+        return from_windows(super().forward(to_windows(x, window, size), images), window, images, size)
 
 
-def _recomputation(block: nn.Module) -> dict:
-    if torch.compiler.is_compiling():  # which recomputes the operations alone, and takes no such context
-        return {}
-    return dict(context_fn=lambda: (nullcontext(), _statistics_kept(block)))
-
-
-@contextmanager
-def _statistics_kept(block: nn.Module) -> Iterator[None]:
-    """Within it BatchNorm does not count a batch again that it has seen."""
-    norms = [(m, m.momentum, m.num_batches_tracked) for m in block.modules() if isinstance(m, _BatchNorm)]
-    for norm, _, count in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, None if count is None else count.clone()
-    try:
-        yield
-    finally:
-        for norm, momentum, count in norms:
-            norm.momentum, norm.num_batches_tracked = momentum, count
+def _size(embed_dims: int, stem_channels: int, depths: tuple, num_heads: tuple, **more: float) -> dict:
+    return dict(embed_dims=embed_dims, stem_channels=stem_channels, depths=depths, num_heads=num_heads, **more)
 
 
 @MODELS.register_module()
-class MambaVision(BaseModule):
+class MambaVision(HierarchicalBackbone):
     """MambaVision: two levels of convolutions, two of selective scans and attention in windows (arXiv 2407.08083).
 
     The state dictionary has the names of the published checkpoints, which load as they are by
@@ -269,33 +220,20 @@ class MambaVision(BaseModule):
     """
 
     arch_zoo = {
-        **dict.fromkeys(
-            ('t', 'tiny'), dict(embed_dims=80, stem_channels=32, depths=(1, 3, 8, 4), num_heads=(2, 4, 8, 16))
-        ),
-        **dict.fromkeys(
-            ('t2', 'tiny2'), dict(embed_dims=80, stem_channels=32, depths=(1, 3, 11, 4), num_heads=(2, 4, 8, 16))
-        ),
-        **dict.fromkeys(
-            ('s', 'small'), dict(embed_dims=96, stem_channels=64, depths=(3, 3, 7, 5), num_heads=(2, 4, 8, 16))
-        ),
-        **dict.fromkeys(
-            ('b', 'base'),
-            dict(embed_dims=128, stem_channels=64, depths=(3, 3, 10, 5), num_heads=(2, 4, 8, 16), layer_scale=1e-5),
-        ),
-        **dict.fromkeys(
-            ('l', 'large'),
-            dict(embed_dims=196, stem_channels=64, depths=(3, 3, 10, 5), num_heads=(4, 8, 16, 32), layer_scale=1e-5),
-        ),
-        **dict.fromkeys(
-            ('l2', 'large2'),
-            dict(embed_dims=196, stem_channels=64, depths=(3, 3, 12, 5), num_heads=(4, 8, 16, 32), layer_scale=1e-5),
-        ),
-        **dict.fromkeys(
-            ('l3', 'large3'),
-            dict(embed_dims=256, stem_channels=64, depths=(3, 3, 20, 10), num_heads=(4, 8, 16, 32), layer_scale=1e-5),
-        ),
+        **dict.fromkeys(('t', 'tiny'), _size(80, 32, (1, 3, 8, 4), (2, 4, 8, 16))),
+        **dict.fromkeys(('t2', 'tiny2'), _size(80, 32, (1, 3, 11, 4), (2, 4, 8, 16))),
+        **dict.fromkeys(('s', 'small'), _size(96, 64, (3, 3, 7, 5), (2, 4, 8, 16))),
+        **dict.fromkeys(('b', 'base'), _size(128, 64, (3, 3, 10, 5), (2, 4, 8, 16), layer_scale=1e-5)),
+        **dict.fromkeys(('l', 'large'), _size(196, 64, (3, 3, 10, 5), (4, 8, 16, 32), layer_scale=1e-5)),
+        **dict.fromkeys(('l2', 'large2'), _size(196, 64, (3, 3, 12, 5), (4, 8, 16, 32), layer_scale=1e-5)),
+        **dict.fromkeys(('l3', 'large3'), _size(256, 64, (3, 3, 20, 10), (4, 8, 16, 32), layer_scale=1e-5)),
     }
+    ARCH = ('embed_dims', 'stem_channels', 'depths', 'num_heads'), ('layer_scale', 'mlp_ratio', 'd_state', 'd_conv')
     OUT_TYPES = ('featmap', 'raw', 'avg_featmap')
+    CHOICES = dict(mixer_conv=CONVS, mixer_merge=MERGES, dt_init=DT_INITS)
+    BLOCKS, STAGE = 'levels', 'level'
+    NO_DECAY = ('A_log', 'D')
+    WEIGHTS = WEIGHTS
 
     def __init__(
         self,
@@ -317,60 +255,19 @@ class MambaVision(BaseModule):
         scan_backend: str | None = None,
         init_cfg: dict | None = None,
     ) -> None:
-        super().__init__(init_cfg)
-        check_init_cfg(init_cfg)
-        settings = self._arch_settings(arch)
-        self.embed_dims = settings['embed_dims']
-        self.depths = tuple(settings['depths'])
-        self.num_heads = tuple(settings['num_heads'])
-        check_choice('out_type', out_type, self.OUT_TYPES)
-        check_choice('mixer_conv', mixer_conv, CONVS)
-        check_choice('mixer_merge', mixer_merge, MERGES)
-        check_choice('dt_init', dt_init, DT_INITS)
-        if attention not in PLACES and not (type(attention) is int and attention >= 1):
-            raise ValueError(f'attention must be one of {PLACES} or a number l >= 1, got {attention!r}')
-        if type(attention) is int and attention > max(self.depths[CONV_LEVELS:]):
-            raise ValueError(
-                f'attention={attention} leaves no block of levels 2 and 3 for attention, which have {self.depths[2:]}: '
-                "set a lower number, or 'none'"
-            )
-        window_sizes = four_numbers('window_sizes', window_sizes, 'level')
-        check_numbers(in_channels=in_channels)
-        check_flags(fit_windows=fit_windows, mixer_symmetric=mixer_symmetric, norm_eval=norm_eval, with_cp=with_cp)
-        changed = dict(
-            mixer_conv=mixer_conv != 'same',
-            mixer_symmetric=not mixer_symmetric,
-            mixer_merge=mixer_merge != 'concat',
-            dt_init=dt_init != 'published',
-        )
-        if attention in ('all', 1) and any(changed.values()):
-            unused = ', '.join(name for name in changed if changed[name])
-            raise ValueError(
-                f'attention={attention!r} leaves no mixer for {unused}: leave it out, or set another attention'
-            )
-        check_rates(drop_path_rate=drop_path_rate)
-        check_frozen_stages(frozen_stages, NUM_LEVELS)
-        check_backend(scan_backend)
-        self.out_type = out_type
-        self.out_indices = self._absolute_indices(out_indices)
-        self.window_sizes = window_sizes
+        super().__init__(locals(), stride=4)
+        mixer = dict(conv=mixer_conv, symmetric=mixer_symmetric, merge=mixer_merge, dt_init=dt_init)
+        self._check_attention(attention, mixer)
+        self.num_heads = self._heads()
+        self.window_sizes = four_numbers('window_sizes', window_sizes, 'level')
         self.fit_windows = fit_windows
         self.mixer_conv = mixer_conv
-        self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
 
-        self.patch_embed = Stem(in_channels, settings['stem_channels'], self.embed_dims)
-        count = sum(self.depths)
-        rates = iter([drop_path_rate * i / (count - 1) for i in range(count)])
-        mixer = dict(
-            d_state=settings.get('d_state', 8),
-            d_conv=settings.get('d_conv', 3),
-            conv=mixer_conv,
-            symmetric=mixer_symmetric,
-            merge=mixer_merge,
-            dt_init=dt_init,
-            scan_backend=scan_backend,
-        )
+        self.patch_embed = Stem(in_channels, self.settings['stem_channels'], self.embed_dims)
+        mixer |= {key: self.settings[key] for key in ('d_state', 'd_conv') if key in self.settings}
+        mixer['scan_backend'] = scan_backend
+        rates = iter(drop_path_rates(drop_path_rate, sum(self.depths)))
         self.levels = nn.ModuleList()
         for i in range(self.out_indices[-1] + 1):
             width = self.embed_dims * 2**i
@@ -380,75 +277,50 @@ class MambaVision(BaseModule):
                 blocks = [
                     WindowBlock(
                         width,
-                        SelfAttention(width, settings['num_heads'][i]) if attends else MambaVisionMixer(width, **mixer),
-                        settings.get('mlp_ratio', 4),
-                        settings.get('layer_scale'),
+                        SelfAttention(width, self.num_heads[i]) if attends else MambaVisionMixer(width, **mixer),
+                        self.settings.get('mlp_ratio', 4),
+                        self.settings.get('layer_scale'),
                         next(rates),
                     )
                     for attends in attention_places(self.depths[i], attention)
                 ]
             downsample = Downsample(width) if i < self.out_indices[-1] else None
-            window = None if i < CONV_LEVELS else window_sizes[i]
+            window = None if i < CONV_LEVELS else self.window_sizes[i]
             self.levels.append(Level(blocks, downsample, window, fit_windows, with_cp))
         if out_type == 'avg_featmap':
             self.norm = nn.BatchNorm2d(self.out_channels[-1])
         elif out_type == 'featmap':
-            for i, channels in zip(self.out_indices, self.out_channels, strict=True):
-                self.add_module(f'outnorm{i}', LayerNorm2d(channels, eps=1e-5))
-        for module in self._frozen_modules():
-            module.requires_grad_(False)
-        load_published_mambavision(self)
+            self.add_output_norms()
+        self.freeze()
 
-    # ---- arguments
-
-    def _arch_settings(self, arch: str | dict) -> dict:
-        if isinstance(arch, str):
-            if arch.lower() not in self.arch_zoo:
-                raise ValueError(f'arch must be one of {tuple(self.arch_zoo)}, got {arch!r}')
-            return self.arch_zoo[arch.lower()]
-        required = {'embed_dims', 'stem_channels', 'depths', 'num_heads'}
-        optional = {'layer_scale', 'mlp_ratio', 'd_state', 'd_conv'}
-        if not isinstance(arch, dict) or not required <= set(arch) <= required | optional:
+    def _check_attention(self, attention: str | int, mixer: dict) -> None:
+        """Refuse an illegal ``attention``, and options of a mixer that it leaves no block for."""
+        if attention not in PLACES and not (type(attention) is int and attention >= 1):
+            raise ValueError(f'attention must be one of {PLACES} or a number l >= 1, got {attention!r}')
+        if type(attention) is int and attention > max(self.depths[CONV_LEVELS:]):
             raise ValueError(
-                f'arch must be one of {tuple(self.arch_zoo)} or a dict with {sorted(required)} and optionally '
-                f'{sorted(optional)}, got {arch!r}'
+                f'attention={attention} leaves no block of levels 2 and 3 for attention, which have {self.depths[2:]}: '
+                "set a lower number, or 'none'"
             )
-        check_arch(arch)
-        for name in ('depths', 'num_heads'):
-            four_numbers(f'{name} of arch', arch[name], 'level')
-        for i, heads in enumerate(arch['num_heads']):
-            width = arch['embed_dims'] * 2**i
+        usual = dict(conv='same', symmetric=True, merge='concat', dt_init='published')
+        unused = [key if key == 'dt_init' else f'mixer_{key}' for key in mixer if mixer[key] != usual[key]]
+        if attention in ('all', 1) and unused:
+            raise ValueError(
+                f'attention={attention!r} leaves no mixer for {", ".join(unused)}: leave it out, or set another '
+                'attention'
+            )
+
+    def _heads(self) -> tuple[int, ...]:
+        heads_of_levels = four_numbers('num_heads of arch', self.settings['num_heads'], 'level')
+        for i, heads in enumerate(heads_of_levels):
+            width = self.embed_dims * 2**i
             if width % heads:
                 divisors = [n for n in range(1, width + 1) if width % n == 0]
                 raise ValueError(
                     f'num_heads of arch must divide the width of each level: {heads} heads do not divide the '
                     f'{width} channels of level {i}; legal are {divisors}'
                 )
-        return arch
-
-    def _absolute_indices(self, out_indices: int | Sequence[int] | None) -> tuple[int, ...]:
-        last = NUM_LEVELS - 1
-        if out_indices is None:
-            return (last,) if self.out_type == 'avg_featmap' else tuple(range(NUM_LEVELS))
-        given = as_indices('out_indices', out_indices)
-        indices = tuple(i + NUM_LEVELS if i < 0 else i for i in given)
-        if not indices or list(indices) != sorted(set(indices)) or not 0 <= indices[0] <= indices[-1] <= last:
-            raise ValueError(f'out_indices must rise within 0 to {last}, got {out_indices}')
-        if self.out_type == 'avg_featmap' and indices != (last,):
-            raise ValueError(f"out_type='avg_featmap' is of the last level: set out_indices=({last},), not {given}")
-        return indices
-
-    @property
-    def out_channels(self) -> tuple[int, ...]:
-        """Channels of each output."""
-        return tuple(self.embed_dims * 2**i for i in self.out_indices)
-
-    @property
-    def out_strides(self) -> tuple[int, ...]:
-        """Stride of each output map, pixels."""
-        return tuple(4 * 2**i for i in self.out_indices)
-
-    # ---- parameters
+        return heads_of_levels
 
     def init_weights(self) -> None:
         """Initialise all parameters, then load what ``init_cfg`` names."""
@@ -460,47 +332,14 @@ class MambaVision(BaseModule):
                     module.reset_parameters()
         super().init_weights()
 
-    def no_weight_decay(self) -> set[str]:
-        """Names of the parameters, other than biases, norms and scales, to which no weight decay applies."""
-        return {name for name, _ in self.named_parameters() if name.rpartition('.')[2] in ('A_log', 'D')}
-
-    def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
-        """Depth of a parameter for layer-wise learning rates.
-
-        Args:
-            param_name: name of the parameter.
-            prefix: what stands before this module's names in it.
-
-        Returns:
-            The depth, and the number of depths: 0 is the stem, i + 1 block i counted through all levels (a level's
-            down-sampling belongs to its last block), the last the norms of the outputs and all that follows the
-            backbone.
-        """
-        num_depths = sum(self.depths) + 2
-        parts = param_name.removeprefix(prefix).split('.') if param_name.startswith(prefix) else ['']
-        if parts[0] == 'patch_embed':
-            return 0, num_depths
-        if parts[0] == 'levels':
-            level = int(parts[1])
-            block = int(parts[3]) if parts[2] == 'blocks' else self.depths[level] - 1
-            return sum(self.depths[:level]) + block + 1, num_depths
-        return num_depths - 1, num_depths
-
-    def _frozen_modules(self) -> list[nn.Module]:
-        return [self.patch_embed, *self.levels[: self.frozen_stages]] if self.frozen_stages >= 0 else []
-
     def train(self, mode: bool = True):
         """Set training mode; frozen stages, and with ``norm_eval`` all BatchNorm layers, stay in evaluation mode."""
         super().train(mode)
-        for module in self._frozen_modules():
-            module.eval()
         if self.norm_eval:
             for module in self.modules():
                 if isinstance(module, _BatchNorm):
                     module.eval()
         return self
-
-    # ---- forward
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Image (B, channels, H, W) -> one output per entry of out_indices, see ``out_type``.

@@ -1,7 +1,7 @@
 """Read checkpoint files without running code from them, and find the weights inside.
 
-Importing this module makes mmengine read local files and URLs through `read_checkpoint` too, so that `init_cfg`,
-`load_from`, `resume` and the test tools have the same safety and the same messages.
+`mmvim.compat` makes mmengine read local files and URLs through `read_from_local` and `read_from_http` too, so that
+`init_cfg`, `load_from`, `resume` and the test tools have the same safety and the same messages.
 """
 
 import argparse
@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from mmengine.dist import all_gather_object, get_dist_info
 from mmengine.logging import HistoryBuffer
-from mmengine.runner.checkpoint import CheckpointLoader
 from torch import Tensor
 
 from mmvim.errors import CheckpointError
@@ -166,22 +165,33 @@ def find_state_dict(checkpoint: Any, source: str | os.PathLike = 'the checkpoint
             f"'{source}' holds no weights: found {holds}, expected weights by name or one of {WEIGHT_KEYS}. "
             'Give a checkpoint of a model'
         )
-    metadata = getattr(found, '_metadata', None)
-    while prefix := _wrapper_prefix(weights):
-        weights = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
-        metadata = metadata and OrderedDict(
-            (module.removeprefix(prefix.rstrip('.')).lstrip('.'), value)
-            for module, value in metadata.items()
-            if f'{module}.'.startswith(prefix)
-        )
     state_dict = OrderedDict(weights)
+    if getattr(found, '_metadata', None) is not None:
+        state_dict._metadata = found._metadata
+    while prefix := _wrapper_prefix(state_dict):
+        state_dict = part_of(state_dict, prefix)
     name = model_name(checkpoint)
     if name is not None:
-        metadata = OrderedDict(metadata or {})
+        metadata = OrderedDict(getattr(state_dict, '_metadata', {}))
         metadata[''] = {**metadata.get('', {}), MODEL_NAME: name}
-    if metadata is not None:
         state_dict._metadata = metadata
     return state_dict
+
+
+def part_of(state_dict: Mapping[str, Tensor], prefix: str) -> OrderedDict[str, Tensor]:
+    """The weights and metadata under a prefix that ends in a dot, by the names behind it.
+
+    `torch.nn.modules.utils.consume_prefix_in_state_dict_if_present` keeps what has another name, and loses the metadata
+    of a prefix with two dots.
+    """
+    part = OrderedDict((name.removeprefix(prefix), v) for name, v in state_dict.items() if name.startswith(prefix))
+    if hasattr(state_dict, '_metadata'):
+        part._metadata = OrderedDict(
+            (f'{name}.'.removeprefix(prefix).rstrip('.'), value)
+            for name, value in state_dict._metadata.items()
+            if f'{name}.'.startswith(prefix)
+        )
+    return part
 
 
 def model_name(checkpoint: Any) -> str | None:
@@ -209,12 +219,28 @@ def read_state_dict(path: str | os.PathLike, map_location: MapLocation = 'cpu') 
 
 
 def load_from_local(filename: str, map_location: MapLocation = None) -> dict:
-    """Loader of local files for mmengine: as `read_checkpoint`, with the weights under `state_dict` in any case."""
+    """As `read_checkpoint`, with the weights under `state_dict` in any case and the file in their metadata.
+
+    Raises:
+        CheckpointError: if the file cannot be read, or holds no weights.
+    """
+    return _with_facts(read_checkpoint(filename, map_location), filename)
+
+
+def read_from_local(filename: str, map_location: MapLocation = None) -> Any:
+    """Loader of local files for mmengine: as `load_from_local`.
+
+    What is no mapping, such as a table of embeddings that a host reads this way, is returned as it is.
+    """
     checkpoint = read_checkpoint(filename, map_location)
-    rest = {}
+    return _with_facts(checkpoint, filename) if isinstance(checkpoint, Mapping) else checkpoint
+
+
+def _with_facts(checkpoint: Any, filename: str) -> dict:
+    rest, state_dict = {}, None
     if isinstance(checkpoint, Mapping):
         rest = {name: value for name, value in checkpoint.items() if not isinstance(value, Tensor)}
-    state_dict = checkpoint.get('state_dict') if isinstance(checkpoint, Mapping) else None
+        state_dict = checkpoint.get('state_dict')
     if not isinstance(state_dict, OrderedDict) or _wrapper_prefix(state_dict):
         state_dict = find_state_dict(checkpoint, filename)
     metadata = getattr(state_dict, '_metadata', OrderedDict())
@@ -226,8 +252,8 @@ def load_from_local(filename: str, map_location: MapLocation = None) -> dict:
     return {**rest, 'state_dict': state_dict}
 
 
-def load_from_http(filename: str, map_location: MapLocation = None, model_dir: str | None = None) -> dict:
-    """Loader of URLs for mmengine: download to the cache of torch.hub, once a node, then as `load_from_local`.
+def read_from_http(filename: str, map_location: MapLocation = None, model_dir: str | None = None) -> Any:
+    """Loader of URLs for mmengine: download to the cache of torch.hub, once a node, then as `read_from_local`.
 
     Raises:
         CheckpointError: in every process, if the download failed in one; or if the file is none that can be read.
@@ -243,7 +269,7 @@ def load_from_http(filename: str, map_location: MapLocation = None, model_dir: s
         if failures:
             raise CheckpointError(failures[0])
     try:
-        return load_from_local(str(target), map_location)
+        return read_from_local(str(target), map_location)
     except CheckpointError as error:
         raise CheckpointError(f'{error}. The file was downloaded from {filename}: delete it first') from None
 
@@ -258,7 +284,3 @@ def _download(url: str, target: Path) -> str | None:
             f"'{url}' cannot be downloaded ({error}): check the address, or download it by other means and give the "
             'path of the file'
         )
-
-
-CheckpointLoader.register_scheme(prefixes='', loader=load_from_local, force=True)
-CheckpointLoader.register_scheme(prefixes=('http://', 'https://'), loader=load_from_http, force=True)

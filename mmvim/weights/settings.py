@@ -78,3 +78,13 @@ def differing(
             clause += f'set {row.name}={value!r}' + (' in arch' if row.in_arch else '')
             (refused if row.refused else warned).append(clause)
     return refused, warned
+
+
+def saved_values(weights: Mapping) -> Values:
+    """What a backbone of this package saved beside its weights; empty if it did not save them."""
+    return file_metadata(weights).get(METADATA, {})
+
+
+def file_metadata(weights: Mapping) -> Mapping:
+    """Metadata of the module whose weights a state dict holds."""
+    return getattr(weights, '_metadata', {}).get('', {})

@@ -1,0 +1,42 @@
+"""Change a module of a host as soon as it is imported, without importing it."""
+
+import sys
+from collections.abc import Callable, Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
+
+
+class _Finder(MetaPathFinder):
+    def __init__(self, name: str, change: Callable[[ModuleType], None]) -> None:
+        self.name = name
+        self.change = change
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        spec = PathFinder.find_spec(fullname, path, target) if fullname == self.name else None
+        if spec is None or spec.loader is None:
+            return None
+        execute = spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            execute(module)
+            self.change(module)
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+
+def when_imported(name: str, change: Callable[[ModuleType], None]) -> None:
+    """Call a function with a module: now if it is imported already, or else as soon as it is.
+
+    Args:
+        name: the module's full name.
+        change: the function; asking twice for the same one counts once.
+    """
+    if any(isinstance(finder, _Finder) and finder.change is change for finder in sys.meta_path):
+        return
+    sys.meta_path.insert(0, _Finder(name, change))
+    if name in sys.modules:
+        change(sys.modules[name])
