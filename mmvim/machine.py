@@ -4,6 +4,7 @@ import ctypes
 import platform
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -26,7 +27,6 @@ def device_name(device: torch.device) -> str:
 
 def versions() -> dict[str, str]:
     """Versions of what the figures depend on, and the commit if this is a checkout."""
-    from importlib.metadata import PackageNotFoundError, version
 
     found = {'torch': torch.__version__, 'python': platform.python_version()}
     for package in ('mmvim', 'numba', 'triton'):

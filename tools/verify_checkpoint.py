@@ -3,15 +3,11 @@
 python tools/verify_checkpoint.py FILE
 """
 
-from _process import prepare
+from _process import start
 
 
 def main() -> None:
-    prepare()
-    from mmvim import cli
-    from mmvim.analysis import verify
-
-    cli.run(verify.verify, verify.parser().parse_args())
+    start('verify')
 
 
 if __name__ == '__main__':

@@ -11,9 +11,9 @@ from mmengine.runner import Runner as _Runner
 from torch import nn
 
 import mmvim.checkpoints  # noqa: F401  (reads checkpoints without running code from them)
-from mmvim.engine.complete import check_data_root, complete_config, completed_keys, dataset_of
-from mmvim.engine.config_files import check_read, config_files, follow_validation, runner_keys
-from mmvim.engine.empty_data import NUMPY_MESSAGE, explain_empty
+from mmvim.config.completion import complete_config, completed_keys
+from mmvim.config.data import NUMPY_MESSAGE, check_data_root, dataset_of, explain_empty
+from mmvim.config.files import check_read, config_files, follow_validation, runner_keys
 from mmvim.errors import ConfigError, DataError
 from mmvim.registry import RUNNERS
 
@@ -24,8 +24,8 @@ CHECKS = ('ClassCountHook', 'LabelMapHook', 'CheckpointFitHook')
 class Runner(_Runner):
     """mmengine's Runner, which
 
-    - fills in what follows from the data (:func:`mmvim.engine.complete.complete_config`),
-    - refuses a config file with a key that nothing reads (:mod:`mmvim.engine.config_files`),
+    - fills in what follows from the data (:func:`mmvim.config.completion.complete_config`),
+    - refuses a config file with a key that nothing reads (:mod:`mmvim.config.files`),
     - refuses heads and label maps that do not fit the classes, and checkpoints that do not fit the model,
     - trains in one or several processes on a CPU, with SyncBN turned into BatchNorm there,
     - logs the progress of a test at least ten times.

@@ -14,12 +14,12 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from torch import nn
 
-from mmvim.analysis.tables import table
 from mmvim.arguments import check_numbers
 from mmvim.engine.hooks import unwrapped
 from mmvim.errors import ConfigError
 from mmvim.machine import device_name, synchronize, versions
 from mmvim.registry import HOOKS
+from mmvim.tables import table
 
 DATA, PREPROCESSING, POST, METRIC, REST = 'data', 'preprocessing', 'post-processing', 'metric', 'rest'
 # What the hosts call the making of results from a head's raw outputs.

@@ -14,8 +14,8 @@ from mmengine.registry import MODELS
 from mmengine.structures import InstanceData, PixelData
 from torch import nn
 
-from mmvim import cli
 from mmvim.models import HierVim, MambaVision, VisionMamba, VisionTransformer
+from mmvim.tools import command_line, test
 
 CONFIGS = Path(__file__).parents[2] / 'configs'
 NAMES = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob('*.py') if '_base_' not in path.parts)
@@ -194,7 +194,7 @@ def check_published_classifier(folder, config, backbone, settings, save):
     text = PUBLISHED_CLASSIFIER.format(config=CONFIGS / config, backbone=settings, channels=channels)
     (folder / 'c.py').write_text(text)
     arguments = ['c.py', 'published.pth', '--work-dir', 'work', '--out', 'out.pkl']
-    cli.run(cli.test, cli.test_parser().parse_args(arguments))
+    command_line.run(test, arguments)
 
     mean, std = np.float32([123.675, 116.28, 103.53]), np.float32([58.395, 57.12, 57.375])
     with torch.no_grad():

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from mmvim import machine
-from mmvim.analysis import benchmark
 from mmvim.errors import ConfigError, InputError
+from mmvim.tools import benchmark
 
 CONFIG = """
 model = dict(

@@ -7,7 +7,8 @@ import pytest
 import torch
 from mmengine.dataset import default_collate
 
-from mmvim import cli
+from mmvim.tools import command_line, test, train
+from mmvim.tools.errors import explain
 
 
 @pytest.fixture
@@ -18,9 +19,8 @@ def fails(trained, monkeypatch, capsys):
 
     def run(tool, *arguments):
         before = {path: path.read_bytes() for path in (folder / 'work').glob('*') if path.is_file()}
-        parser = cli.train_parser() if tool == 'train' else cli.test_parser()
         with pytest.raises(SystemExit) as ended:
-            cli.run(cli.train if tool == 'train' else cli.test, parser.parse_args([str(a) for a in arguments]))
+            command_line.run(train if tool == 'train' else test, arguments)
         assert ended.value.code == 1
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert error.startswith('error: ')
@@ -88,7 +88,7 @@ def test_other_arguments(fails):
 def test_a_batch_of_images_of_different_sizes():
     with pytest.raises(RuntimeError) as raised:
         default_collate([dict(inputs=torch.zeros(3, 8, 8)), dict(inputs=torch.zeros(3, 8, 9))])
-    assert 'the images of a batch differ in size' in cli.explain(raised.value)
+    assert 'the images of a batch differ in size' in explain(raised.value)
 
 
 @pytest.fixture

@@ -9,9 +9,8 @@ from mmengine.registry import MODELS
 from torch import nn
 
 import mmvim.registry  # noqa: F401
-from mmvim import cli
-from mmvim.analysis import flops
 from mmvim.errors import InputError
+from mmvim.tools import command_line, flops
 
 
 @pytest.fixture
@@ -19,7 +18,7 @@ def run(capsys):
     """The tool in this process; returns what it prints."""
 
     def call(*arguments):
-        cli.run(flops.main, flops.parser().parse_args([str(argument) for argument in arguments]))
+        command_line.run(flops, arguments)
         return capsys.readouterr().out
 
     return call

@@ -10,11 +10,11 @@ import pytest
 import torch
 from mmengine.registry import MODELS, init_default_scope
 
-from mmvim import cli
-from mmvim.analysis import visualize
-from mmvim.analysis.pictures import reduce_channels
-from mmvim.analysis.tracing import receptive_field, scan_directions, trace
+from mmvim.config.reading import read_config
 from mmvim.models import HierVim, MambaVision, VisionMamba, VisionTransformer
+from mmvim.tools import command_line, visualize
+from mmvim.tools.pictures import reduce_channels
+from mmvim.tools.tracing import receptive_field, scan_directions, trace
 from ssm_kernels import selective_scan_fn
 
 REPOSITORY = Path(__file__).parents[2]
@@ -168,7 +168,7 @@ def folder(tmp_path, monkeypatch):
         'neck=dict(in_channels=16))\n'
     )
     monkeypatch.chdir(tmp_path)
-    backbone = MODELS.build(visualize.load_config(visualize.parser().parse_args(['i', 'small.py', 'c'])).model.backbone)
+    backbone = MODELS.build(read_config('small.py').model.backbone)
     backbone.init_weights()
     weights = backbone.state_dict()
     torch.save({'model': dict(weights)}, 'published.pth')
@@ -178,7 +178,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def run(*arguments):
-    cli.run(visualize.visualize, visualize.parser().parse_args([str(a) for a in arguments]))
+    command_line.run(visualize, arguments)
 
 
 @pytest.mark.parametrize('checkpoint', ['published.pth', 'model.pth', 'none'])
@@ -197,7 +197,7 @@ def test_pictures(folder, capsys, checkpoint):
     'name', [DEMO, 'demo/upernet_mambavision_shapes.py', 'mambavision/mambavision-t_32xb128_in1k.py']
 )
 def test_the_input_is_the_one_of_the_hosts(folder, name):
-    cfg = visualize.load_config(visualize.parser().parse_args(['image', name, 'checkpoint']))
+    cfg = read_config(name)
     init_default_scope(cfg.default_scope)
     settings = dict(cfg.model.get('data_preprocessor') or cfg.data_preprocessor)
     settings.setdefault('type', 'ClsDataPreprocessor')

@@ -11,23 +11,23 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
 
-from mmvim.analysis.pictures import CHANNELS, draw_features, draw_receptive_field, draw_scan
-from mmvim.analysis.tracing import Block, receptive_field, trace
-from mmvim.analysis.weights import backbone_weights
 from mmvim.checkpoints.reading import load_from_local
-from mmvim.cli import DEBUG, add_cfg_options, find_checkpoint, load_config
-from mmvim.engine.complete import complete_config
+from mmvim.config.completion import complete_config
+from mmvim.config.reading import read_config
 from mmvim.errors import ConfigError, DataError
+from mmvim.tools.command_line import add_cfg_options, find_checkpoint, new_parser
+from mmvim.tools.pictures import CHANNELS, draw_features, draw_receptive_field, draw_scan
+from mmvim.tools.tracing import Block, receptive_field, trace
+from mmvim.tools.weights import backbone_weights
 
 PICTURES = ('features', 'receptive-field', 'scan')
 
 
 def parser() -> argparse.ArgumentParser:
     """Arguments of tools/visualize_features.py."""
-    result = argparse.ArgumentParser(
-        description='Draw what a backbone does with an image: feature maps, the effective receptive field of one '
+    result = new_parser(
+        'Draw what a backbone does with an image: feature maps, the effective receptive field of one '
         'position, and the order of the scan with the decay of its state in both directions.',
-        epilog=f'Errors in the input are told in one line; set {DEBUG}=1 for the stack trace.',
     )
     result.add_argument('image', help='image file')
     result.add_argument('config', help='config file, also one of mmvim')
@@ -55,11 +55,10 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument('--out-dir', default='pictures', help='folder of the pictures')
     add_cfg_options(result, 'settings that replace those of the config')
     result.add_argument('--device', choices=['cpu', 'cuda'], help='where to run; a GPU if there is one by default')
-    result.set_defaults(launcher='none', work_dir=None, local_rank=0)
     return result
 
 
-def visualize(args: argparse.Namespace) -> None:
+def main(args: argparse.Namespace) -> None:
     """Carry out tools/visualize_features.py.
 
     Raises:
@@ -67,7 +66,7 @@ def visualize(args: argparse.Namespace) -> None:
         DataError: if the image cannot be read.
         CheckpointError: if the checkpoint cannot be read or does not fit.
     """
-    cfg = load_config(args)
+    cfg = read_config(args.config, args.cfg_options)
     complete_config(cfg)
     if not all(0 <= value <= 1 for value in args.position):
         raise ConfigError(f'--position {" ".join(map(str, args.position))}: both numbers must be within 0 and 1')

@@ -14,13 +14,14 @@ from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
 
 import mmvim
-from mmvim.analysis.weights import backbone_weights
 from mmvim.checkpoints.fitting import Conversion, LoadReport, abridge, compare
 from mmvim.checkpoints.identify import LONG_SEQUENCE, Identity, identify
 from mmvim.checkpoints.reading import WEIGHT_KEYS, find_state_dict, read_checkpoint
-from mmvim.cli import DEBUG, add_cfg_options, load_config
-from mmvim.engine.complete import complete_config
+from mmvim.config.completion import complete_config
+from mmvim.config.reading import read_config
 from mmvim.errors import CheckpointError, ConfigError
+from mmvim.tools.command_line import add_cfg_options, new_parser
+from mmvim.tools.weights import backbone_weights
 
 SUFFIXES = ('.pth', '.pt', '.tar', '.safetensors')
 # folder of configs, and the sizes of the backbone's arch_zoo as the names of configs have them
@@ -39,10 +40,10 @@ LONG = re.compile('stride8|long|patch8|s8')
 
 def parser() -> argparse.ArgumentParser:
     """Arguments of tools/verify_checkpoint.py."""
-    result = argparse.ArgumentParser(
-        description='Tell which model a checkpoint is of, which of its weights fit, which are dropped, interpolated or '
+    result = new_parser(
+        'Tell which model a checkpoint is of, which of its weights fit, which are dropped, interpolated or '
         'missing, whether a forward pass works, and which configs are for it. No code from the file is run.',
-        epilog=f'Ends with status 1 if a file does not fit; set {DEBUG}=1 for the stack trace of an error.',
+        'Ends with status 1 if a file does not fit',
     )
     result.add_argument('file', help=f'checkpoint, or a folder: all its files that end in {", ".join(SUFFIXES)}')
     result.add_argument('--config', help='fit the weights to the model of this config, not to one made for them')
@@ -50,11 +51,10 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument('--no-forward', action='store_true', help='leave the forward pass out')
     add_cfg_options(result, 'settings that replace those of the config that --config names')
     result.add_argument('--device', choices=['cpu', 'cuda'], default='cpu', help='where the forward pass runs')
-    result.set_defaults(launcher='none', work_dir=None, local_rank=0)
     return result
 
 
-def verify(args: argparse.Namespace) -> None:
+def main(args: argparse.Namespace) -> None:
     """Carry out tools/verify_checkpoint.py.
 
     Raises:
@@ -104,7 +104,7 @@ def _verify_file(path: str | os.PathLike, args: argparse.Namespace) -> None:
         for note in identity.notes:
             print(f'  assumed: {note}')
     if args.config:
-        cfg = load_config(args)
+        cfg = read_config(args.config, args.cfg_options)
         complete_config(cfg)
         model = build_model(cfg)
         print(f'  fitted to {type(model.backbone).__name__} of {args.config}')

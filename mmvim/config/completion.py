@@ -1,13 +1,14 @@
 """What a config leaves open because it follows from the data: paths, classes and sizes for data of one's own."""
 
-import inspect
 import os
 
 from mmengine.config import ConfigDict
 
-from mmvim.compat.types import dataset_class, kind_of
+from mmvim.compat.types import kind_of
+from mmvim.config.class_counts import set_num_classes
+from mmvim.config.data import dataset_of
 from mmvim.datasets.annotations import read_class_names
-from mmvim.errors import ConfigError, DataError
+from mmvim.errors import ConfigError
 
 LOADERS = dict(train_dataloader='train', val_dataloader='val', test_dataloader='test')
 LONGEST = (1333, 800)  # longest and shortest side of MMDetection's usual frame
@@ -17,10 +18,6 @@ COMPLETED_KEYS = {
     'num_classes', 'image_size', 'max_iters', 'ignore_index', 'reduce_zero_label', 'img_suffix', 'seg_map_suffix',
     'crop_size',
 }  # fmt: skip
-# Parts with a num_classes that counts other things than the data's classes: modules, heads by name, and by class.
-OTHER_PARTS = ('backbone', 'reid')
-OTHER_HEADS = ('rpn_head', 'semantic_head')  # objects; things and stuff of MMDetection's HTC, SCNet and Panoptic FPN
-OTHER_TYPES = ('STDCHead',)  # borders
 COCO_FOLDER, LABEL_MAPS = 'CocoFolderDataset', 'BaseSegDataset'
 
 
@@ -70,32 +67,6 @@ def complete_config(cfg: ConfigDict) -> set[str]:
 def completed_keys(cfg: ConfigDict, used: set[str]) -> set[str]:
     """Top-level keys that :func:`complete_config` reads: those it used, and those that say by None that they do not."""
     return used | {key for key in COMPLETED_KEYS if cfg.get(key) is None}
-
-
-def dataset_of(loader: dict | None) -> dict:
-    """Config of the innermost data set of a loader; empty if there is none."""
-    dataset = (loader or {}).get('dataset') or {}
-    while isinstance(dataset.get('dataset'), dict):
-        dataset = dataset['dataset']
-    return dataset
-
-
-def check_data_root(dataset: dict) -> None:
-    """Refuse a data set whose folder is missing, unless it makes or downloads it itself.
-
-    Raises:
-        DataError: naming the folder.
-    """
-    root = dataset.get('data_root')
-    ours = ('ShapesDataset', 'ShapesSegDataset', 'CocoFolderDataset')  # generated, or checked by the data set itself
-    if not root or '://' in str(root) or os.path.isdir(root) or kind_of(dataset) in ours:
-        return
-    known = dataset_class(dataset)
-    if known is None or 'download' not in inspect.signature(known).parameters:
-        raise DataError(
-            f"data folder '{root}' of {kind_of(dataset)} does not exist: put the data there, or name another folder "
-            'with --cfg-options train_dataloader.dataset.data_root=... (likewise val_dataloader and test_dataloader)'
-        )
 
 
 def _fill(cfg: ConfigDict, name: str, target: dict, key: str, used: set[str], value: object = None) -> None:
@@ -181,63 +152,6 @@ def _classes_of(datasets: list[dict]) -> tuple[str, ...]:
     paths = [os.path.join(dataset.get('data_root') or '', dataset.get('ann_file') or '') for dataset in datasets]
     there = [path for path in paths if os.path.isfile(path)]
     return read_class_names((there or paths)[0])
-
-
-def set_num_classes(model: dict, count: int) -> None:
-    """Set the number of classes wherever a model config counts those of the data.
-
-    That is ``num_classes`` of every part but backbones, those in `OTHER_HEADS` and `OTHER_TYPES`, which count other
-    things, and losses. A loss follows the head it belongs to if it had the same number, and so does a
-    ``class_weight`` with one weight per class (and one for the background) if all classes have the same. Of a panoptic
-    head without stuff, which segments instances, it is ``num_things_classes``.
-
-    Args:
-        model: the model's config, changed in place.
-        count: classes of the data, without background.
-
-    Raises:
-        ConfigError: if a head has stuff classes, which data with boxes and masks has not, or weights of its own for
-            each class, whose number is another.
-    """
-    _set_num_classes(model, count, None, 'model')
-
-
-def _set_num_classes(part: dict, count: int, before: int | None, path: str, is_loss: bool = False) -> None:
-    """The same for a part below a head that had ``before`` classes."""
-    if is_loss:
-        if part.get('num_classes') == before is not None:
-            part['num_classes'] = count
-        _set_class_weight(part, count, before, path)
-    elif 'num_stuff_classes' in part or 'num_things_classes' in part:
-        stuff = part.get('num_stuff_classes')  # left out, it is the head's default, not 0
-        if stuff != 0:
-            raise ConfigError(
-                f'{path}.num_stuff_classes={stuff}, but the data set has objects only: set it to 0 '
-                'as in mask2former_r50_8xb2-lsj-50e_coco.py of MMDetection, or use a panoptic data set'
-            )
-        before, part['num_things_classes'] = part.get('num_things_classes'), count
-    elif part.get('num_classes') is not None:
-        before, part['num_classes'] = part['num_classes'], count
-    for key, value in part.items():
-        for i, child in enumerate(value) if isinstance(value, list | tuple) else ((None, value),):
-            if (
-                isinstance(child, dict)
-                and key not in (*OTHER_PARTS, *OTHER_HEADS)
-                and kind_of(child) not in OTHER_TYPES
-            ):
-                place = f'{path}.{key}' + ('' if i is None else f'.{i}')
-                _set_num_classes(child, count, before, place, key.startswith('loss'))
-
-
-def _set_class_weight(loss: dict, count: int, before: int | None, path: str) -> None:
-    weights = loss.get('class_weight')
-    if not isinstance(weights, list | tuple) or before in (None, count) or len(weights) - before not in (0, 1):
-        return
-    if len(set(weights[:before])) > 1:
-        raise ConfigError(
-            f'{path}.class_weight has a weight for each of {before} classes, but the data set has {count}: give as many'
-        )
-    loss['class_weight'] = [weights[0]] * count + list(weights[before:])
 
 
 def _fill_image_size(cfg: ConfigDict, datasets: list[dict], label_maps: bool, used: set[str]) -> None:

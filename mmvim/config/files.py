@@ -16,7 +16,7 @@ from mmengine.config import Config
 from mmengine.runner import Runner
 
 from mmvim.compat.lookup import HOSTS
-from mmvim.engine.complete import COMPLETED_KEYS, complete_config, completed_keys
+from mmvim.config.completion import COMPLETED_KEYS, complete_config, completed_keys
 from mmvim.errors import ConfigError, InputError
 
 RUNNER_KEYS = (set(inspect.signature(Runner.__init__).parameters) - {'self', 'cfg'}) | {
@@ -168,7 +168,7 @@ def _is_hosts(path: str, inherited: Iterable[ConfigFile]) -> bool:
 def unread(files: list[ConfigFile], read_keys: Iterable[str]) -> list[tuple[str, ConfigFile]]:
     """Top-level keys of files with bases that nothing reads, and the file of each, the last file first.
 
-    A key is read by the runner or by :func:`mmvim.engine.complete.complete_config`, by its own file below it, or by a
+    A key is read by the runner or by :func:`mmvim.config.completion.complete_config`, by its own file below it, or by a
     file that inherits it. What a base made of its own key is fixed by the time that a child sets the key anew. In a
     file without bases nothing is said to be unread: a config that training saved is one, with all that it was made of.
 

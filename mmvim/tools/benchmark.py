@@ -19,12 +19,16 @@ from copy import deepcopy
 from pathlib import Path
 
 import torch
+from mmengine.config import Config, DictAction
+from mmengine.registry import MODELS, init_default_scope
 from mmengine.utils import ProgressBar
 from torch import Tensor, nn
 
-from mmvim.analysis.flops import hollow
+import mmvim.registry  # noqa: F401
 from mmvim.compat.lookup import HOSTS
 from mmvim.compat.types import kind_of
+from mmvim.config.completion import complete_config
+from mmvim.config.reading import read_config
 from mmvim.errors import ConfigError, InputError, first_line
 from mmvim.machine import (
     device_name,
@@ -34,6 +38,7 @@ from mmvim.machine import (
     synchronize,
     versions,
 )
+from mmvim.tools.flops import hollow
 
 WARM_UP_SIZE = 224  # pixels of the pass whose memory counts as the process's own
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
@@ -72,8 +77,6 @@ def _is_registered(name: str) -> bool:
         return timm.is_model(kind)
     if scope not in (*HOSTS, 'mmvim') or not kind:
         return False
-    from mmengine.registry import MODELS
-
     return MODELS.get(name) is not None
 
 
@@ -145,18 +148,13 @@ def model_config(spec: str, attention: str) -> tuple[str, dict, dict | list | No
 
 def _parts_of_config(path: str) -> tuple[dict, dict | list | None, str | None]:
     """Backbone, neck and default scope of a config file; a neck that only averages is no neck here."""
-    from mmengine.config import Config
-
-    from mmvim.cli import load_config
-    from mmvim.engine.complete import complete_config
-
     if '::' in path:
         try:
             cfg = Config.fromstring(f'_base_ = {path!r}', '.py')
         except Exception as error:
             raise ConfigError(f"config '{path}' cannot be read: {first_line(error)}; check host and path") from error
     else:
-        cfg = load_config(argparse.Namespace(config=path, cfg_options={}, launcher='none', work_dir=os.devnull))
+        cfg = read_config(path)
     try:
         complete_config(cfg)
     except InputError:  # no classes or no data, which are no matter of the backbone
@@ -172,8 +170,6 @@ def _parts_of_config(path: str) -> tuple[dict, dict | list | None, str | None]:
 
 def _options(spec: str, text: str = '') -> dict:
     """KEY=VALUE,KEY=VALUE as a dict; values may have commas of their own."""
-    from mmengine.config import DictAction
-
     found = {}
     for option in re.split(r',(?=\w+=)', text) if text else ():
         key, equals, value = option.partition('=')
@@ -199,10 +195,6 @@ def build(backbone: dict, neck: dict | list | None, scope: str | None, fpn: bool
         InputError: if the model cannot be built, or not for this resolution.
         MemoryError, RuntimeError: if there is not enough memory for it.
     """
-    from mmengine.registry import MODELS, init_default_scope
-
-    import mmvim.registry  # noqa: F401
-
     init_default_scope(scope or 'mmengine')
     backbone, name = deepcopy(backbone), kind_of(backbone)
     if _is_ours(backbone, 'VisionMamba', 'VisionTransformer'):
@@ -547,7 +539,7 @@ class Sweep:
                 gc.collect()
                 torch.cuda.empty_cache()
         spec, attention, *_ = self.models[label]
-        command = [sys.executable, '-W', 'ignore', '-m', 'mmvim.analysis.benchmark', spec, '--attention', attention]
+        command = [sys.executable, '-W', 'ignore', '-m', 'mmvim.tools.benchmark', spec, '--attention', attention]
         command += ['--resolutions', str(cell.resolution), '--batch-sizes', str(cell.batch_size)]
         command += ['--dtype', self.args.dtype, '--threads', str(torch.get_num_threads())]
         command += ['--device', str(self.device)]

@@ -13,7 +13,6 @@ import argparse
 import functools
 import inspect
 import json
-import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -26,15 +25,22 @@ from pathlib import Path
 import torch
 from mmengine.analysis import FlopAnalyzer
 from mmengine.config import Config
+from mmengine.model import revert_sync_batchnorm
+from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry
 
-from mmvim.analysis.tables import table
+import mmvim.registry  # noqa: F401
 from mmvim.compat.types import kind_of
+from mmvim.config.completion import complete_config
+from mmvim.config.data import dataset_of
+from mmvim.config.reading import read_config
 from mmvim.errors import ConfigError, DataError, InputError, first_line
+from mmvim.tables import table
+from mmvim.tools.command_line import add_cfg_options, new_parser
 
 # Per channel, state and token: decay times state, input times step, and the read-out.
 SCAN = 3
@@ -366,12 +372,9 @@ def _second_stage(model: nn.Module, image: Tensor) -> tuple[int, int]:
 
 def parser() -> argparse.ArgumentParser:
     """Arguments of tools/get_flops.py."""
-    from mmvim.cli import DEBUG, add_cfg_options
-
-    parser = argparse.ArgumentParser(
-        description='Parameters and floating-point operations of a detector, segmentor or classifier. Nothing is '
-        'computed and no weights are needed.',
-        epilog=f'Errors in the input are told in one line; set {DEBUG}=1 for the stack trace.',
+    parser = new_parser(
+        'Parameters and floating-point operations of a detector, segmentor or classifier. Nothing is '
+        'computed and no weights are needed.'
     )
     add = parser.add_argument
     add('config', help='config file, also one of mmvim such as vim/vim-ti_8xb128_in1k.py')
@@ -385,16 +388,13 @@ def parser() -> argparse.ArgumentParser:
     add('--sizes', type=int, nargs='+', metavar='SIDE', help='show also how the cost grows over these square images')
     add('--json', metavar='FILE', help='write everything to this file too')
     add_cfg_options(parser, 'settings that replace those of the config, such as model.backbone.arch=small')
-    parser.set_defaults(device=None, work_dir=os.devnull, launcher='none')
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
     """Carry out tools/get_flops.py."""
-    from mmvim.cli import load_config
-
     shape, sizes = _shape(args.shape), [_shape([size], '--sizes') for size in args.sizes or ()]
-    cfg = load_config(args)
+    cfg = read_config(args.config, args.cfg_options)
     _complete(cfg)
     build = builder(cfg)
     source = '--shape'
@@ -429,8 +429,6 @@ def _shape(sides: Sequence[int] | None, name: str = '--shape') -> tuple[int, int
 
 def _complete(cfg: Config) -> None:
     """Fill in what follows from the data; without the data the number of classes stays as it is."""
-    from mmvim.engine.complete import complete_config
-
     if 'model' not in cfg:
         raise ConfigError(f"config '{cfg.filename}' has no model")
     try:
@@ -452,11 +450,6 @@ def _class_counts(model: object) -> Iterator[int]:
 
 def builder(cfg: Config) -> Callable[[], nn.Module]:
     """What makes the config's model, without loading or drawing weights."""
-    from mmengine.model import revert_sync_batchnorm
-    from mmengine.registry import MODELS, init_default_scope
-
-    import mmvim.registry  # noqa: F401
-
     init_default_scope(cfg.get('default_scope') or 'mmengine')
     return lambda: revert_sync_batchnorm(MODELS.build(deepcopy(cfg.model)))
 
@@ -467,8 +460,6 @@ def default_shape(cfg: Config) -> tuple[tuple[int, int], str]:
     Raises:
         ConfigError: if none does.
     """
-    from mmvim.engine.complete import dataset_of
-
     train, test = (dataset_of(cfg.get(f'{split}_dataloader')).get('pipeline') or [] for split in ('train', 'test'))
     preprocessor = cfg.model.get('data_preprocessor') or {}
     settings = [

@@ -1,4 +1,4 @@
-"""Pictures of what `mmvim.analysis.tracing` finds, as PNG files."""
+"""Pictures of what `mmvim.tools.tracing` finds, as PNG files."""
 
 import warnings
 from pathlib import Path
@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from mmvim.analysis.tracing import Block, scan_directions
+from mmvim.tools.tracing import Block, scan_directions
 
 # C channels, h x w map, H x W image
 

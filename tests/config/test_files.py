@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 from mmengine.config import Config
 
-from mmvim import cli
-from mmvim.engine.complete import COMPLETED_KEYS, complete_config, completed_keys
-from mmvim.engine.config_files import (
+from mmvim.config.completion import COMPLETED_KEYS, complete_config, completed_keys
+from mmvim.config.files import (
     PLACEHOLDER,
     RUNNER_KEYS,
     config_files,
@@ -19,6 +18,8 @@ from mmvim.engine.config_files import (
 )
 from mmvim.engine.runner import Runner
 from mmvim.errors import ConfigError, InputError
+from mmvim.tools import train
+from mmvim.tools.command_line import load_config
 
 CONFIGS = Path(__file__).parents[2] / 'configs'
 NAMES = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob('*.py'))
@@ -54,7 +55,7 @@ def child(tmp_path):
 
 
 def load(path, *options):
-    return cli.load_config(cli.train_parser().parse_args([path, *(['--cfg-options', *options] if options else [])]))
+    return load_config(train.parser().parse_args([path, *(['--cfg-options', *options] if options else [])]))
 
 
 COCO = 'vim/cascade_mask_rcnn_vim_ti_coco.py'

@@ -6,7 +6,9 @@ from mmengine.config import Config, ConfigDict
 from mmengine.hub import get_config
 from mmengine.registry import MODELS, DefaultScope
 
-from mmvim.engine.complete import check_data_root, complete_config, set_num_classes
+from mmvim.config.class_counts import set_num_classes
+from mmvim.config.completion import complete_config
+from mmvim.config.data import check_data_root
 from mmvim.errors import ConfigError, DataError
 
 FOLDER = 'vim/cascade_mask_rcnn_vim_ti_coco_folder.py'
