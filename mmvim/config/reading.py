@@ -8,19 +8,10 @@ from pathlib import Path
 from mmengine.config import Config
 
 import mmvim
-from mmvim.config.completion import COMPLETED_KEYS, complete_config, completed_keys
-from mmvim.config.files import (
-    RUNNER_KEYS,
-    SPLIT_KEYS,
-    ConfigFile,
-    check_read,
-    config_files,
-    follow_validation,
-    places_of,
-    runner_keys,
-    unread,
-)
-from mmvim.errors import ConfigError, InputError
+from mmvim.config.completion import COMPLETED_KEYS
+from mmvim.config.files import SPLIT_KEYS, ConfigFile, config_files, follow_validation
+from mmvim.config.unread import RUNNER_KEYS, check_read, completed_keys, places_of, runner_keys, unread
+from mmvim.errors import ConfigError
 
 
 def find_config(path: str) -> str:
@@ -142,10 +133,7 @@ def _check_use(cfg: Config, before: Config, options: dict, files: list[ConfigFil
     variables = {option.partition('.')[0] for option in options} - read
     if not variables and not unread(files, read):
         return
-    try:
-        read |= completed_keys(cfg, complete_config(deepcopy(cfg)))
-    except InputError:
-        read |= COMPLETED_KEYS
+    read |= completed_keys(cfg)
     for name in sorted(variables - read):
         places = places_of(before, name, before.get(name))
         hint = f'set {" and ".join(places[:4])} instead' if places else 'name the key that should change'

@@ -3,6 +3,7 @@
 import json
 import os
 from collections import Counter
+from functools import lru_cache
 
 from mmengine.fileio import get_local_path
 
@@ -58,9 +59,21 @@ def class_names(content: dict, path: str | os.PathLike) -> tuple[str, ...]:
     return tuple(str(name) for name in names)
 
 
-def read_class_names(path: str | os.PathLike, backend_args: dict | None = None) -> tuple[str, ...]:
-    """Names of the classes in a COCO-format file, in its order; see :func:`read_annotations` for errors."""
-    content = _read_json(path, backend_args)
+def read_class_names(path: str | os.PathLike) -> tuple[str, ...]:
+    """Names of the classes in a COCO-format file, in its order.
+
+    A file is read once until it changes: a config is completed when it is checked, and again by the runner.
+
+    Raises:
+        DataError: as :func:`read_annotations`.
+    """
+    state = os.stat(path) if os.path.exists(path) else None
+    return _class_names_of(str(path), *((state.st_mtime_ns, state.st_size) if state else ()))
+
+
+@lru_cache(maxsize=8)
+def _class_names_of(path: str, *state: int) -> tuple[str, ...]:
+    content = _read_json(path, None)
     return class_names(content if isinstance(content, dict) else {}, path)
 
 

@@ -18,7 +18,13 @@ from mmvim.models import HierVim, MambaVision, VisionMamba, VisionTransformer
 from mmvim.tools import command_line, test
 
 CONFIGS = Path(__file__).parents[2] / 'configs'
-NAMES = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob('*.py') if '_base_' not in path.parts)
+FORMER = {  # names that configs had before, which still work
+    'hier_vim/mask-rcnn_hier-vim-t_fpn_coco-folder.py': 'hier_vim/mask-rcnn_hier-vim-t_fpn_folder.py',
+    'mambavision/mask-rcnn_mambavision-t_fpn_coco-folder.py': 'mambavision/mask-rcnn_mambavision-t_fpn_folder.py',
+    'vim/cascade_mask_rcnn_vim_ti_coco_folder.py': 'vim/cascade_mask_rcnn_vim_ti_folder.py',
+}
+FILES = {str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob('*.py') if '_base_' not in path.parts}
+NAMES = sorted(FILES - FORMER.keys())
 WIDTH = 16
 SMALL = {
     VisionMamba: dict(embed_dims=WIDTH, depth=4, d_state=4),

@@ -226,7 +226,7 @@ def test_a_missing_image_at_run_time_is_named(folder):
 
 
 @pytest.mark.parametrize('height, width', [(1, 1), (7, 3000), (3000, 7), (33, 47)])
-@pytest.mark.parametrize('config', ['ti_coco', 'ti_coco_folder'])
+@pytest.mark.parametrize('config', ['ti_coco', 'ti_folder'])
 @pytest.mark.parametrize('with_objects', [True, False], ids=['objects', 'empty'])
 def test_extreme_images_pass_the_pipelines(tmp_path, load_config, config, height, width, with_objects):
     entries = [annotation(1, 1, bbox=[0, 0, width, height], segmentation=[[0, 0, width, 0, width, height, 0, height]])]

@@ -319,7 +319,7 @@ def test_configs_that_cannot_be_read(tmp_path):
         sweep(broken, '--out', tmp_path / 'out')
 
 
-@pytest.mark.parametrize('config', ['cascade_mask_rcnn_vim_ti_coco_folder', 'upernet_vim-ti_folder'])
+@pytest.mark.parametrize('config', ['cascade_mask_rcnn_vim_ti_folder', 'upernet_vim-ti_folder'])
 def test_config_whose_data_is_not_here(config, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     label, backbone, *_ = benchmark.model_config(f'vim/{config}.py', 'sdpa')

@@ -112,7 +112,7 @@ def folder_options(root, *more):
     return ('--work-dir', root / 'work', '--cfg-options', f'data_root={root}', *files, *small, *more)
 
 
-FOLDER = 'vim/cascade_mask_rcnn_vim_ti_coco_folder.py'
+FOLDER = 'vim/cascade_mask_rcnn_vim_ti_folder.py'
 
 
 def test_coco_folder_files(fails, coco_folder):
