@@ -3,7 +3,6 @@
 import functools
 import json
 import statistics
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import nn
 from mmvim.arguments import check_numbers
 from mmvim.engine.hooks import unwrapped
 from mmvim.errors import ConfigError
-from mmvim.machine import device_name, synchronize, versions
+from mmvim.machine import clock, device_name, versions
 from mmvim.registry import HOOKS
 from mmvim.tables import table
 
@@ -36,12 +35,11 @@ class Stopwatch:
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.rows, self.stack = device, Counter(), [REST]
-        self.last = time.perf_counter()
+        self.last = clock(device)
 
     def lap(self) -> None:
         """Give the time since the last change to the row in hand."""
-        synchronize(self.device)
-        now = time.perf_counter()
+        now = clock(self.device)
         self.rows[self.stack[-1]] += now - self.last
         self.last = now
 

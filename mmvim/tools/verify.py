@@ -3,7 +3,6 @@
 import argparse
 import os
 import re
-import time
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ from mmvim.checkpoints.reading import WEIGHT_KEYS, find_state_dict, read_checkpo
 from mmvim.config.completion import complete_config
 from mmvim.config.reading import read_config
 from mmvim.errors import CheckpointError, ConfigError
+from mmvim.machine import clock
 from mmvim.tools.command_line import add_cfg_options, new_parser
 from mmvim.tools.weights import backbone_weights
 
@@ -243,13 +243,13 @@ def forward(backbone: nn.Module, size: tuple[int, int], head: tuple[Tensor, Tens
     first = next(backbone.parameters())
     channels = next(m.in_channels for m in backbone.modules() if isinstance(m, nn.Conv2d))
     image = torch.randn(1, channels, *size, generator=torch.Generator().manual_seed(0)).to(first.device)
-    start = time.perf_counter()
+    start = clock(first.device)
     with torch.no_grad():
         outputs = [out[0] if isinstance(out, list | tuple) else out for out in backbone(image)]
         if head is not None and outputs[-1].ndim == 2:
             weight, bias = (None if t is None else t.to(first) for t in head)
             outputs.append(nn.functional.linear(outputs[-1], weight, bias))
-    seconds = time.perf_counter() - start
+    seconds = clock(first.device) - start
     shapes = ', '.join('x'.join(map(str, out.shape)) for out in outputs)
     words = f'{size[0]}x{size[1]} pixels of noise -> {shapes} in {seconds:.1f} s'
     for output in outputs:
