@@ -7,6 +7,7 @@ from _process import start
 
 
 def main() -> None:
+    """Run the tool."""
     start('test')
 
 

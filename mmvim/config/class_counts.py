@@ -61,6 +61,7 @@ def _set_class_weight(loss: dict, count: int, before: int | None, path: str) -> 
         return
     if len(set(weights[:before])) > 1:
         raise ConfigError(
-            f'{path}.class_weight has a weight for each of {before} classes, but the data set has {count}: give as many'
+            f'{path}.class_weight has a weight for each of {before} classes, but the data set has {count}: '
+            'give one per class'
         )
     loss['class_weight'] = [weights[0]] * count + list(weights[before:])

@@ -10,8 +10,14 @@ from mmengine.config import Config
 import mmvim
 from mmvim.config.completion import COMPLETED_KEYS
 from mmvim.config.files import SPLIT_KEYS, ConfigFile, config_files, follow_validation
-from mmvim.config.unread import RUNNER_KEYS, check_read, completed_keys, places_of, runner_keys, unread
+from mmvim.config.unread import RUNNER_KEYS, check_read, completed_keys, runner_keys, unread, uses_of
 from mmvim.errors import ConfigError
+
+
+def config_folders() -> list[Path]:
+    """Folders with the configs that come with mmvim, in an installation and in a checkout."""
+    package = Path(mmvim.__file__).parent
+    return [folder for folder in (package / '.mim' / 'configs', package.parent / 'configs') if folder.is_dir()]
 
 
 def find_config(path: str) -> str:
@@ -22,7 +28,7 @@ def find_config(path: str) -> str:
     """
     if os.path.isfile(path):
         return path
-    shipped = [Path(mmvim.__file__).parent / '.mim' / 'configs', Path(mmvim.__file__).parent.parent / 'configs']
+    shipped = config_folders()
     for folder in shipped:
         candidate = folder / path.removeprefix('configs/')
         if candidate.is_file():
@@ -126,8 +132,8 @@ def _follow_options(cfg: Config, before: Config, options: dict) -> None:
 def _check_use(cfg: Config, before: Config, options: dict, files: list[ConfigFile]) -> None:
     """Refuse to set a variable of a config file, here or in a file that inherits it: what the file made of it is fixed.
 
-    What :func:`mmvim.config.completion.complete_config` reads is known only where it finds the data; else it will say
-    itself what it lacks.
+    What :func:`mmvim.config.completion.complete_config` reads is known only if it finds the data; otherwise its own
+    error says what is missing.
     """
     read = runner_keys(cfg)
     variables = {option.partition('.')[0] for option in options} - read
@@ -135,7 +141,7 @@ def _check_use(cfg: Config, before: Config, options: dict, files: list[ConfigFil
         return
     read |= completed_keys(cfg)
     for name in sorted(variables - read):
-        places = places_of(before, name, before.get(name))
-        hint = f'set {" and ".join(places[:4])} instead' if places else 'name the key that should change'
+        uses = uses_of(before, name, before.get(name))
+        hint = f'set {" and ".join(uses[:4])} instead' if uses else 'name the key that should change'
         raise ConfigError(f'--cfg-options {name}: nothing in this config takes its value from there; {hint}')
     check_read(cfg, files, read)

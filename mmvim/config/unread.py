@@ -51,7 +51,7 @@ def _value(paths: Iterable[str], key: str) -> object:
 
 
 def completed_keys(cfg: Config) -> set[str]:
-    """Top-level keys that completion reads of a config; all that it may read if it lacks the data to tell."""
+    """Top-level keys that completion reads of a config; all that it can read if the data to decide is missing."""
     try:
         return complete_config(deepcopy(cfg))
     except InputError:
@@ -71,8 +71,8 @@ def check_read(cfg: Config, files: list[ConfigFile], read_keys: Iterable[str]) -
         # a child or an option may have set what the file alone would have filled
         if key in completed_keys(Config.fromfile(file.path, import_custom_modules=False)):
             continue
-        places = places_of(cfg, key, inherited)
-        hint = f'set {" and ".join(places[:4])} instead' if places else 'delete it'
+        uses = uses_of(cfg, key, inherited)
+        hint = f'set {" and ".join(uses[:4])} instead' if uses else 'delete it'
         raise ConfigError(
             f"config '{file.path}', line {file.assigned[key]}: nothing in this config takes its value from '{key}'; "
             f"{hint}, or begin its name with '_' if code of your own reads it"
@@ -86,7 +86,7 @@ def _lists(value: object) -> object:
     return [_lists(child) for child in value] if isinstance(value, list | tuple) else value
 
 
-def places_of(cfg: Config, key: str, value: object) -> list[str]:
+def uses_of(cfg: Config, key: str, value: object) -> list[str]:
     """Dotted keys below the top level that hold what a top-level key was, or have its name."""
     return list(dict.fromkeys([*([] if value is None else _holding(cfg, value)), *_named(cfg, key)]))
 

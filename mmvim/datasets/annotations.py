@@ -27,7 +27,7 @@ def read_annotations(path: str | os.PathLike, backend_args: dict | None = None, 
         The content, with the keys images, annotations and categories.
 
     Raises:
-        DataError: if the file is missing, no JSON, or lacks what detection needs; the message names file and entry.
+        DataError: if the file is missing, not JSON, or lacks what detection needs; the message names file and entry.
     """
     content = _read_json(path, backend_args)
     missing = [key for key in KEYS if not isinstance(content, dict) or not isinstance(content.get(key), list)]
@@ -91,7 +91,7 @@ def _read_json(path: str | os.PathLike, backend_args: dict | None) -> object:
     except IsADirectoryError:
         raise DataError(f"annotation file '{path}' is a folder: name the JSON file in it") from None
     except ValueError as error:
-        raise DataError(f"annotation file '{path}' is no JSON ({error}): export it in COCO format") from None
+        raise DataError(f"annotation file '{path}' is not JSON ({error}): export it in COCO format") from None
 
 
 def _check_images(images: list[dict], path: str | os.PathLike) -> None:

@@ -86,7 +86,7 @@ def model_config(spec: str, attention: str) -> tuple[str, dict, dict | list | No
 
 
 def _parts_of_config(path: str) -> tuple[dict, dict | list | None, str | None]:
-    """Backbone, neck and default scope of a config file; a neck that only averages is no neck here."""
+    """Backbone, neck and default scope of a config file; a neck that only averages does not count."""
     if '::' in path:
         try:
             cfg = Config.fromstring(f'_base_ = {path!r}', '.py')
@@ -96,7 +96,7 @@ def _parts_of_config(path: str) -> tuple[dict, dict | list | None, str | None]:
         cfg = read_config(path)
     try:
         complete_config(cfg)
-    except InputError:  # no classes or no data, which are no matter of the backbone
+    except InputError:  # classes or data are missing, which the backbone does not need
         pass
     model = cfg.get('model') or {}
     if not kind_of(model.get('backbone') or {}):
@@ -113,7 +113,7 @@ def _options(spec: str, text: str = '') -> dict:
     for option in re.split(r',(?=\w+=)', text) if text else ():
         key, equals, value = option.partition('=')
         if not key or not equals:
-            raise ConfigError(f"model '{spec}': '{option}' is no KEY=VALUE, such as mmdet.ResNet:depth=50")
+            raise ConfigError(f"model '{spec}': '{option}' is not KEY=VALUE, such as mmdet.ResNet:depth=50")
         if any(value.count(left) != value.count(right) for left, right in ('()', '[]')):
             raise ConfigError(f"model '{spec}': the brackets of '{option}' do not match")
         found[key] = DictAction._parse_iterable(value)
@@ -177,7 +177,7 @@ def build(backbone: dict, neck: dict | list | None, scope: str | None, fpn: bool
 
 @torch.inference_mode()
 def _channels(model: nn.Module, resolution: int) -> list[int]:
-    """Channels of each map; a backbone that does not say so is asked by an image."""
+    """Channels of each map; a backbone that does not say so is run on an image."""
     if hasattr(model, 'out_channels'):
         return list(model.out_channels)
     model.eval()  # returns nothing in some backbones of hosts

@@ -187,7 +187,7 @@ class Sweep:
         if not path.exists():
             return []
         if not self.args.resume:
-            raise InputError(f'{path} exists: go on with it by --resume, or give another folder by --out')
+            raise InputError(f'{path} exists: continue it with --resume, or give another folder with --out')
         try:
             rows = json.loads(path.read_text())
             if not isinstance(rows, list):
@@ -196,10 +196,10 @@ class Sweep:
                 if not isinstance(row['model'], str) or any(type(row[name]) is not kind for name, kind in CELL.items()):
                     raise ValueError('a row has another type than was written')
                 if not all(isinstance(row.get(name), int | float | None) for name in ('latency_ms', 'memory_mib')):
-                    raise ValueError('a figure is no number')
+                    raise ValueError('a figure is not a number')
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise InputError(
-                f'{path} holds no rows of this tool ({first_line(error)}): remove it, or give another folder by --out'
+                f'{path} holds no rows of this tool ({first_line(error)}): remove it, or give another folder with --out'
             ) from error
         return rows
 
@@ -415,7 +415,7 @@ def parser() -> argparse.ArgumentParser:
         f'{WARM_UP_SIZE} px, which says something at larger sizes alone',
     )
     add('--out', default='work_dirs/benchmark', help='folder of the results (default: %(default)s)')
-    add('--resume', action='store_true', help='keep what an earlier run measured and go on')
+    add('--resume', action='store_true', help='keep what an earlier run measured and continue')
     return parser
 
 

@@ -92,7 +92,7 @@ def run(tool: ModuleType, arguments: Sequence[object] | None = None) -> None:
             raise ConfigError('--device cuda: torch sees no GPU here; use --device cpu, or install torch for CUDA')
         tool.main(args)
     except KeyboardInterrupt:
-        print('\ninterrupted; go on from the last checkpoint with --resume', file=sys.stderr)
+        print('\ninterrupted; continue from the last checkpoint with --resume', file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         message = explain(error)

@@ -21,7 +21,7 @@ def explain(error: Exception) -> str | None:
         return 'out of GPU memory: lower train_dataloader.batch_size, set model.backbone.with_cp=True, or use --amp'
     if 'image size in a batch should be the same' in text or 'stack expects each tensor to be equal size' in text:
         return (
-            'the images of a batch differ in size, which MMSegmentation takes in training alone and MMPretrain never: '
+            'the images of a batch differ in size; MMSegmentation accepts that in training only, MMPretrain never: '
             'resize or crop them to one size in the pipeline, or set batch_size=1 in the data loader'
         )
     of_transformers = explain_transformers(error)

@@ -59,7 +59,7 @@ TRAINING_ONLY = ('auxiliary_head',)
 Shape = Sequence[int]
 
 
-# ---- formulas: from the operator's arguments, shapes in the place of tensors, to operations by kind
+# ---- formulas: from the operator's arguments, shapes in place of tensors, to operations by kind
 
 
 def attention(q: Shape, k: Shape, *_) -> Counter[str]:
@@ -196,7 +196,7 @@ class Cost:
 
 
 class _Counting(TorchDispatchMode):
-    """Adds every operator's work to a cost, under the part of the model that is in hand."""
+    """Adds every operator's work to a cost, under the part of the model that is running."""
 
     def __init__(self, cost: Cost) -> None:
         super().__init__()
@@ -259,9 +259,9 @@ def count(build: Callable[[], nn.Module], shapes: Sequence[tuple[int, int]]) -> 
     try:
         model = hollow(build)
         return [_count(model, shape, fake=True) for shape in shapes]
-    except Exception:  # some models look at values, and some refuse the shape: a real pass tells
+    except Exception:  # some models look at values, and some refuse the shape: a real pass decides
         model = build()
-        print('counting by a pass with values, which takes its time', file=sys.stderr)
+        print('this model has to be run on real values, which takes longer', file=sys.stderr)
     for parameter in model.parameters():
         parameter.detach().zero_()
     return [_real(model, shape) for shape in shapes]
@@ -414,7 +414,7 @@ def main(args: argparse.Namespace) -> None:
             path.write_text(json.dumps(found, indent=1) + '\n')
         except OSError as error:
             raise ConfigError(f'--json {path}: {error.strerror}; name a file in a folder that exists') from error
-        print(f'\nall of it is in {path}')
+        print(f'\nfull results: {path}')
 
 
 def _shape(sides: Sequence[int] | None, name: str = '--shape') -> tuple[int, int] | None:
@@ -435,7 +435,7 @@ def _complete(cfg: Config) -> None:
         complete_config(cfg)
     except DataError as error:
         number = next(_class_counts(cfg.model), 1)
-        print(f'{error}\nthe classes are taken to be {number}\n')
+        print(f'{error}\nassuming {number} classes\n')
         cfg.classes = [str(i) for i in range(number)]
         complete_config(cfg)
 
@@ -515,7 +515,7 @@ def describe(cost: Cost) -> str:
     ]
     if cost.rois:
         proposals, masks = cost.rois
-        text = f'The second stage is counted for the most that a test lets through: {proposals} proposals'
+        text = f'The second stage is counted for the largest number that a test allows: {proposals} proposals'
         lines.append(text + (f' and {masks} masks.' if masks else '.'))
     left = {name: cost.params[name] for name in TRAINING_ONLY if name in cost.params}
     lines += [f'{name} ({_millions(number)} M parameters) is for training only.' for name, number in left.items()]

@@ -47,7 +47,7 @@ def main(args: argparse.Namespace) -> None:
     if args.profile is not None:
         cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), dict(type='mmvim.TimeSplitHook', warmup=args.profile)]
     elif not args.checkpoint:
-        raise ConfigError('no checkpoint given: name a .pth file or a work directory; only --profile goes without')
+        raise ConfigError('no checkpoint given: name a .pth file or a work directory; only --profile works without one')
     scope = cfg.get('default_scope')
     if args.out and scope == 'mmseg':
         write_label_maps(cfg, args.out)

@@ -21,7 +21,7 @@ def parser() -> argparse.ArgumentParser:
         '--resume',
         nargs='?',
         const='auto',
-        help='go on from the given checkpoint, or from the latest of the work directory if none is given',
+        help='resume from this checkpoint, or from the latest one in the work directory if none is given',
     )
     return result
 
@@ -59,6 +59,6 @@ def _protect(work_dir: str) -> None:
     saved = sorted(Path(work_dir).glob('*.pth'), key=lambda file: file.stat().st_mtime)
     if saved:
         raise ConfigError(
-            f"work directory '{work_dir}' already holds checkpoints ({saved[-1].name}): go on with --resume, or choose "
-            'another --work-dir'
+            f"work directory '{work_dir}' already holds checkpoints ({saved[-1].name}): continue with --resume, or "
+            'choose another --work-dir'
         )

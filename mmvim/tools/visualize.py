@@ -91,8 +91,8 @@ def _draw(
     args: argparse.Namespace, folder: Path, picture: np.ndarray, image: Tensor, blocks: list[Block], index: int
 ) -> list[Path]:
     block = blocks[index]
-    h, w = block.places.shape
-    place = min(int(args.position[0] * h), h - 1), min(int(args.position[1] * w), w - 1)
+    h, w = block.token_index.shape
+    position = min(int(args.position[0] * h), h - 1), min(int(args.position[1] * w), w - 1)
     stem = f'{Path(args.image).stem}_block{index:02d}'
     written = []
     if 'features' in args.only:
@@ -103,11 +103,11 @@ def _draw(
             raise ConfigError(f'--channels: {error}') from None
     if 'receptive-field' in args.only:
         written.append(folder / f'{stem}_receptive-field.png')
-        field = receptive_field(block, image, *place).cpu()
-        draw_receptive_field(written[-1], picture, block, field, place)
+        field = receptive_field(block, image, *position).cpu()
+        draw_receptive_field(written[-1], picture, block, field, position)
     if 'scan' in args.only and block.mixer is not None:
         written.append(folder / f'{stem}_scan.png')
-        draw_scan(written[-1], picture, block, place)
+        draw_scan(written[-1], picture, block, position)
     elif 'scan' in args.only:
         scans = ', '.join(str(i) for i, other in enumerate(blocks) if other.mixer is not None) or 'none'
         message = f'{index} ({block.name}) has no scan; blocks with one: {scans}'

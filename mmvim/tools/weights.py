@@ -1,4 +1,4 @@
-"""The weights of a backbone in a file, whatever model it was saved from."""
+"""The weights of a backbone in a file, from any model that has one."""
 
 from collections import OrderedDict
 from collections.abc import Mapping

@@ -125,7 +125,7 @@ def test_keys_that_exporters_leave_out_are_filled_in(folder):
 @pytest.mark.parametrize(
     'text, message',
     [
-        ('{"images": [', r"train.json' is no JSON"),
+        ('{"images": [', r"train.json' is not JSON"),
         ('[]', r"train.json' has no list \['images', 'annotations', 'categories'\]"),
         ('{"annotations": [], "categories": []}', r"train.json' has no list \['images'\]"),
         ('{"images": [], "annotations": [], "categories": [{"id": 1, "name": "a"}]}', "train.json' lists no images"),

@@ -278,7 +278,7 @@ def test_labels_tell_models_apart(configs, tmp_path):
         (['vim-tiny', '--threads', '0'], '--threads: 0 is not positive'),
         (['vim-tiny', '--threads', '-1'], '--threads: -1 is not positive'),
         (['vim-tiny:depth=3'], 'VisionMamba at 224 px cannot be built: .*depth'),
-        (['vim-tiny:depth'], "'depth' is no KEY=VALUE"),
+        (['vim-tiny:depth'], "'depth' is not KEY=VALUE"),
         (['mmdet.ResNet:depth=18,out_indices=(2'], 'brackets of .* do not match'),
         (['mmdet'], "unknown model 'mmdet'"),
         (['mmdet::no/such.py'], "config 'mmdet::no/such.py' cannot be read: .*check host and path"),

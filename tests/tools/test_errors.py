@@ -33,7 +33,7 @@ def fails(trained, monkeypatch, capsys):
 
 def test_a_finished_run_is_not_overwritten(fails):
     error = fails('train', 'tiny.py', '--work-dir', 'work')
-    assert "'work' already holds checkpoints (iter_4.pth): go on with --resume, or choose another" in error
+    assert "'work' already holds checkpoints (iter_4.pth): continue with --resume, or choose another" in error
 
 
 def test_missing_config(fails):
@@ -160,7 +160,7 @@ def test_checkpoints(fails, tiny_folder):
     assert re.search(r'roi_head\.bbox_head\.0\.fc_cls\.weight \(5, \d+\) in the file, \(6, \d+\) in the model', error)
 
 
-def test_a_bad_image_of_a_worker_process_is_told_in_one_line(fails, coco_folder):
+def test_a_bad_image_in_a_worker_process_gives_one_line(fails, coco_folder):
     images = coco_folder / 'pictures'
     images.mkdir()
     for path in (coco_folder / 'images').iterdir():

@@ -162,7 +162,7 @@ def test_a_model_that_looks_at_values_is_run():
 
 def test_a_folder_without_data_counts_all_the_same(run):
     output = run('vim/cascade_mask_rcnn_vim_ti_folder.py', '--shape', 256)
-    assert 'the classes are taken to be 80' in output
+    assert 'assuming 80 classes' in output
 
 
 @pytest.mark.parametrize(

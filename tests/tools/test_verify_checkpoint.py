@@ -239,7 +239,7 @@ def test_a_whole_model_and_its_config(check, load_config):
     others = [name for name in weights if not name.startswith('backbone.')]
     assert 'saved by mmengine (epoch 3, iter 70)' in out
     assert f'other parts of the model:\n    fit: {len(others)} (' in out
-    assert f'other parts, not looked at without --config: {len(others)} weights of neck, roi_head, rpn_head' in check(
+    assert f'other parts, not checked without --config: {len(others)} weights of neck, roi_head, rpn_head' in check(
         'model.pth', '--no-forward'
     )
     del weights[others[0]]

@@ -121,16 +121,16 @@ def test_the_decay_is_that_of_the_real_scan():
     assert names == expected
 
 
-def test_places_of_class_tokens_and_windows():
+def test_token_indices_with_class_tokens_and_windows():
     image = torch.randn(1, 3, 64, 48)
-    places = {layout: trace(vim(cls_token=layout), image)[0].places for layout in VisionMamba.CLS_TOKENS}
-    assert places['head'].flatten().tolist() == list(range(1, 13))
-    assert places['double'].flatten().tolist() == list(range(1, 13))
-    assert places['middle'].flatten().tolist() == [*range(6), *range(7, 13)]
-    assert places[None].shape == (4, 3)
+    token_index = {layout: trace(vim(cls_token=layout), image)[0].token_index for layout in VisionMamba.CLS_TOKENS}
+    assert token_index['head'].flatten().tolist() == list(range(1, 13))
+    assert token_index['double'].flatten().tolist() == list(range(1, 13))
+    assert token_index['middle'].flatten().tolist() == [*range(6), *range(7, 13)]
+    assert token_index[None].shape == (4, 3)
     block = trace(randomly_filled(MambaVision(**MAMBAVISION)), torch.randn(1, 3, 64, 80))[2]
     assert block.tokens.shape[:2] == (4, 9) and block.stride == 16
-    assert block.places.tolist() == [[0, 1, 2, 9, 10], [3, 4, 5, 12, 13], [6, 7, 8, 15, 16], [18, 19, 20, 27, 28]]
+    assert block.token_index.tolist() == [[0, 1, 2, 9, 10], [3, 4, 5, 12, 13], [6, 7, 8, 15, 16], [18, 19, 20, 27, 28]]
 
 
 def test_the_receptive_field_of_one_direction_ends_at_the_position():
