@@ -460,23 +460,21 @@ def default_shape(cfg: Config) -> tuple[tuple[int, int], str]:
     Raises:
         ConfigError: if none does.
     """
-    train, test = (dataset_of(cfg.get(f'{split}_dataloader')).get('pipeline') or [] for split in ('train', 'test'))
-    preprocessor = cfg.model.get('data_preprocessor') or {}
-    settings = [
-        (step.get('crop_size'), 'CenterCrop of the test pipeline') for step in test if kind_of(step) == 'CenterCrop'
-    ]
-    settings += [
-        (step.get('size'), 'padding of data_preprocessor') for step in preprocessor.get('batch_augments') or ()
-    ]
-    settings += [(preprocessor.get('size'), 'data_preprocessor.size')]
-    settings += [((cfg.model.get('backbone') or {}).get('img_size'), 'backbone.img_size')]
-    settings += [
-        (_turned(step.get('scale')), 'Resize of the test pipeline') for step in test if kind_of(step) == 'Resize'
-    ]
-    settings += [
-        (step.get('crop_size'), 'RandomCrop of the train pipeline') for step in train if kind_of(step) == 'RandomCrop'
-    ]
-    for value, source in settings:
+    preprocessor, backbone = cfg.model.get('data_preprocessor') or {}, cfg.model.get('backbone') or {}
+
+    def steps(split: str, kind: str, key: str) -> list[object]:
+        pipeline = dataset_of(cfg.get(f'{split}_dataloader')).get('pipeline') or []
+        return [step.get(key) for step in pipeline if kind_of(step) == kind]
+
+    settings = {
+        'CenterCrop of the test pipeline': steps('test', 'CenterCrop', 'crop_size'),
+        'padding of data_preprocessor': [step.get('size') for step in preprocessor.get('batch_augments') or ()],
+        'data_preprocessor.size': [preprocessor.get('size')],
+        'backbone.img_size': [backbone.get('img_size')],
+        'Resize of the test pipeline': [_turned(scale) for scale in steps('test', 'Resize', 'scale')],
+        'RandomCrop of the train pipeline': steps('train', 'RandomCrop', 'crop_size'),
+    }
+    for source, value in ((source, value) for source, values in settings.items() for value in values):
         if isinstance(value, int):
             return (value, value), source
         if isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(side, int) for side in value):

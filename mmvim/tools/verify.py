@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from mmengine.config import Config
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from mmvim.checkpoints.fitting import Conversion, LoadReport, abridge, compare
@@ -20,7 +20,7 @@ from mmvim.config.reading import config_folders, read_config
 from mmvim.errors import CheckpointError, ConfigError
 from mmvim.machine import clock
 from mmvim.tools.command_line import add_cfg_options, new_parser
-from mmvim.tools.weights import backbone_weights
+from mmvim.tools.weights import backbone_weights, image_size, model_of
 
 SUFFIXES = ('.pth', '.pt', '.tar', '.safetensors')
 # folder of configs, and the sizes of the backbone's arch_zoo as the names of configs have them
@@ -107,7 +107,7 @@ def _verify_file(path: str | os.PathLike, args: argparse.Namespace) -> None:
         complete_config(cfg)
         model = build_model(cfg)
         print(f'  fitted to {type(model.backbone).__name__} of {args.config}')
-        backbone, size = model.backbone, image_size(model.backbone)
+        backbone, size = model.backbone, image_size(model.backbone) or (224, 224)
         rest = compare(_parts(state_dict, others), _others(model)) if others else None
     else:
         backbone, size = MODELS.build(identity.backbone), identity.image_size
@@ -166,13 +166,11 @@ def build_model(cfg: Config) -> nn.Module:
     Raises:
         ConfigError: if it has no backbone.
     """
-    if not isinstance(cfg.get('model'), dict) or 'backbone' not in cfg.model:
-        raise ConfigError('the config has no model.backbone: give one of a detector, segmentor or classifier')
-    init_default_scope(cfg.get('default_scope') or 'mmengine')
-    if 'data_preprocessor' not in cfg.model and cfg.get('data_preprocessor'):
-        cfg.model.data_preprocessor = cfg.data_preprocessor  # as a runner does
-    cfg.model.backbone.pop('init_cfg', None)
-    return MODELS.build(cfg.model)
+    model = model_of(cfg)
+    if 'data_preprocessor' not in model and cfg.get('data_preprocessor'):
+        model.data_preprocessor = cfg.data_preprocessor  # as a runner does
+    model.backbone.pop('init_cfg', None)
+    return MODELS.build(model)
 
 
 def _others(model: nn.Module) -> dict[str, Tensor]:
@@ -213,14 +211,6 @@ def print_report(report: LoadReport, all_names: bool, indent: str = '  ') -> Non
         print(f'{indent}{what}: {f"{len(names)} ({listed})" if names else "none"}')
     for setting in (*report.refused, *report.differing):
         print(f'{indent}setting: {setting}')
-
-
-def image_size(backbone: nn.Module) -> tuple[int, int]:
-    """Height and width for which a backbone stores positions, pixels; 224x224 if it stores none."""
-    if not hasattr(backbone, 'grid'):
-        return 224, 224
-    embed = backbone.patch_embed
-    return tuple((n - 1) * embed.patch_stride + embed.patch_size for n in backbone.grid)
 
 
 def classifier_weights(state_dict: Mapping[str, Tensor], backbone: nn.Module) -> tuple[Tensor, Tensor | None] | None:

@@ -5,10 +5,11 @@ import os
 from pathlib import Path
 
 import cv2
+import mmcv
 import numpy as np
 import torch
 from mmengine.config import Config
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from mmvim.checkpoints.reading import load_from_local
@@ -18,7 +19,7 @@ from mmvim.errors import ConfigError, DataError
 from mmvim.tools.command_line import add_cfg_options, find_checkpoint, new_parser
 from mmvim.tools.pictures import CHANNELS, draw_features, draw_receptive_field, draw_scan
 from mmvim.tools.tracing import Block, receptive_field, trace
-from mmvim.tools.weights import backbone_weights
+from mmvim.tools.weights import backbone_weights, image_size, model_of
 
 PICTURES = ('features', 'receptive-field', 'scan')
 
@@ -75,9 +76,10 @@ def main(args: argparse.Namespace) -> None:
     device = torch.device(args.device or ('cuda' if torch.cuda.is_available() else 'cpu'))
     picture = read_image(args.image)
     backbone = build_backbone(cfg, args.checkpoint).to(device)
-    size = args.size or _trained_size(backbone)
-    if size:
-        picture = _resize(picture, size)
+    shorter = args.size or min(image_size(backbone) or (0,))
+    if shorter:
+        factor = shorter / min(picture.shape[:2])
+        picture = mmcv.imrescale(picture, factor, interpolation='area' if factor < 1 else 'bilinear')
     image = normalize(picture, cfg).to(device).requires_grad_()
     blocks = trace(backbone, image)
     folder = Path(args.out_dir)
@@ -142,10 +144,7 @@ def build_backbone(cfg: Config, checkpoint: str) -> nn.Module:
         ConfigError: if the config has no backbone, or there is no checkpoint.
         CheckpointError: if the file cannot be read or does not fit.
     """
-    if not isinstance(cfg.get('model'), dict) or 'backbone' not in cfg.model:
-        raise ConfigError('the config has no model.backbone: give one of a detector, segmentor or classifier')
-    init_default_scope(cfg.get('default_scope') or 'mmengine')
-    settings = cfg.model.backbone
+    settings = model_of(cfg).backbone
     if checkpoint != 'none':
         checkpoint = find_checkpoint(checkpoint)
         settings.pop('init_cfg', None)
@@ -181,17 +180,3 @@ def normalize(picture: np.ndarray, cfg: Config) -> Tensor:
     mean, std = (np.float32(settings.get(key) or default) for key, default in (('mean', 0), ('std', 1)))
     pixels = (pixels.astype(np.float32) - mean) / std
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))[None])
-
-
-def _trained_size(backbone: nn.Module) -> int | None:
-    """Shorter side for which a backbone stores positions, pixels."""
-    if not hasattr(backbone, 'grid'):
-        return None
-    embed = backbone.patch_embed
-    return (min(backbone.grid) - 1) * embed.patch_stride + embed.patch_size
-
-
-def _resize(picture: np.ndarray, shorter: int) -> np.ndarray:
-    factor = shorter / min(picture.shape[:2])
-    height, width = (max(round(side * factor), 1) for side in picture.shape[:2])
-    return cv2.resize(picture, (width, height), interpolation=cv2.INTER_AREA if factor < 1 else cv2.INTER_LINEAR)
