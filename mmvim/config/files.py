@@ -152,8 +152,7 @@ def _is_hosts(path: str, inherited: Iterable[ConfigFile]) -> bool:
 
 
 def follow_validation(cfg: Config, files: list[ConfigFile]) -> None:
-    """Let test data loader and evaluator be those of the validation, where files first make them so and then change
-    the validation's alone.
+    """Copy validation to test where files first make both the same and then change the validation only.
 
     ``test_evaluator = val_evaluator`` in a base copies what is there. A child that sets ``val_evaluator`` to another
     metric means the test too, unless it sets ``test_evaluator`` or turns validation off by None. Hosts' own configs

@@ -64,8 +64,9 @@ DECODERS = ('cv2', 'turbojpeg', 'pillow', 'tifffile')
 
 @TRANSFORMS.register_module()
 class LoadImageFromFile(_LoadImageFromFile):
-    """Load an image as mmcv's transform of this name does, and refuse one that is unreadable, truncated or of another
-    size than its annotations.
+    """mmcv's transform of this name, with checks.
+
+    It refuses an image that is unreadable, truncated or of another size than its annotations.
 
     Args:
         as in mmcv, without ``ignore_empty``: whether images may be left out is for the data set to decide.

@@ -86,6 +86,7 @@ class Legal(NamedTuple):
         return wrong[0].item() if wrong.numel() else None
 
     def __str__(self) -> str:
+        """For messages, such as 'model.decode_head has num_classes=3 and ignore_index=255'."""
         return f'{self.owner} has num_classes={self.num_classes} and ignore_index={self.ignore_index}'
 
 

@@ -23,7 +23,9 @@ CHECKS = ('ClassCountHook', 'LabelMapHook', 'CheckpointFitHook')
 
 @RUNNERS.register_module()
 class Runner(_Runner):
-    """mmengine's Runner, which
+    """mmengine's Runner with checked input.
+
+    In addition to what mmengine's does, it
 
     - fills in what follows from the data (:func:`mmvim.config.completion.complete_config`),
     - refuses a config file with a key that nothing reads (:mod:`mmvim.config.unread`),

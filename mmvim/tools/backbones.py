@@ -128,7 +128,7 @@ def _is_ours(backbone: dict, *kinds: str) -> bool:
 
 
 def _timm_model(name: str, resolution: int, maps: bool, options: dict) -> nn.Module:
-    """timm's model without its classifier; for a pyramid the maps that it offers as features."""
+    """A model of timm without its classifier; for a pyramid the maps that it offers as features."""
     import timm
 
     options = dict(options, pretrained=False)

@@ -68,12 +68,12 @@ def attention(q: Shape, k: Shape, *_) -> Counter[str]:
 
 
 def selective_scan(u: Shape, dt: Shape, A: Shape, *_) -> Counter[str]:
-    """u (K, B, L, D) and A (K, D, N): linear in the tokens."""
+    """Scan of u (K, B, L, D) and A (K, D, N): linear in the tokens."""
     return Counter(scan=SCAN * prod(u) * A[-1])
 
 
 def causal_conv1d(x: Shape, weight: Shape, *_) -> Counter[str]:
-    """x (B, L, D) and weight (K, D, W)."""
+    """Convolution of x (B, L, D) and weight (K, D, W)."""
     return Counter(convolution=prod(x) * weight[0] * weight[2])
 
 
@@ -87,7 +87,7 @@ def mamba_inner(x: Shape, z: Shape | None, weights: Sequence[Shape], *_) -> Coun
 
 
 def add_rms_norm(x: Shape, residual: Shape | None, *_) -> Counter[str]:
-    """x (..., D): squares added up, scaled, weighted, and the addition before it."""
+    """Norm of x (..., D): squares added up, scaled, weighted, and the addition before it."""
     return Counter(norm=prod(x) * (3 if residual is None else 4))
 
 
@@ -145,7 +145,7 @@ HANDLES = {name: _handle(op) for name, op in OURS.items()} | {'aten::scaled_dot_
 
 
 def analyzer(model: nn.Module, *inputs: Tensor) -> FlopAnalyzer:
-    """mmengine's analyzer of model(*inputs) with these formulas.
+    """An analyzer of mmengine for model(*inputs) with these formulas.
 
     Args:
         model: in evaluation mode.

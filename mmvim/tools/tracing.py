@@ -275,7 +275,8 @@ def receptive_field(block: Block, image: Tensor, row: int, column: int) -> Tenso
     Args:
         block: a traced block.
         image: the image that was traced, requiring a gradient.
-        row, column: the position in the block's map.
+        row: of the position in the block's map.
+        column: of the position.
     """
     (gradient,) = torch.autograd.grad(block.features[:, row, column].sum(), image, retain_graph=True)
     return gradient[0].abs().sum(0)
