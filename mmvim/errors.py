@@ -5,11 +5,11 @@ The tools print such a message alone; anything else is a fault of the program an
 
 
 class InputError(ValueError):
-    """A mistake in the input, told in one line."""
+    """A mistake in the input, explained in one line."""
 
 
 class ConfigError(InputError):
-    """A config or command line that cannot be carried out."""
+    """A config or command line that cannot be used."""
 
 
 class DataError(InputError):

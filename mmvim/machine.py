@@ -4,17 +4,22 @@ import ctypes
 import platform
 import subprocess
 import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
 
-def synchronize(device: torch.device) -> None:
+def clock(device: torch.device) -> float:
+    """Seconds of a clock that is read when the device has done the work in its queue."""
     if device.type != 'cpu':
-        torch.get_device_module(device).synchronize()
+        torch.get_device_module(device).synchronize(device)
+    return time.perf_counter()
 
 
 def device_name(device: torch.device) -> str:
+    """What the maker calls a GPU, or the processor of this machine."""
     if device.type == 'cuda':
         return torch.cuda.get_device_name(device)
     if device.type == 'cpu' and Path('/proc/cpuinfo').exists():
@@ -26,8 +31,6 @@ def device_name(device: torch.device) -> str:
 
 def versions() -> dict[str, str]:
     """Versions of what the figures depend on, and the commit if this is a checkout."""
-    from importlib.metadata import PackageNotFoundError, version
-
     found = {'torch': torch.__version__, 'python': platform.python_version()}
     for package in ('mmvim', 'numba', 'triton'):
         try:

@@ -61,7 +61,7 @@ def load_config():
     """Read a config of this project by its path below configs, set top-level keys, and complete it."""
     from mmengine.config import Config
 
-    from mmvim.engine.complete import complete_config
+    from mmvim.config.completion import complete_config
 
     def load(name: str, **keys) -> Config:
         cfg = Config.fromfile(Path(__file__).parent.parent / 'configs' / name)

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from importlib import import_module
 
 
 def prepare() -> None:
@@ -16,3 +17,9 @@ def prepare() -> None:
     if parser.parse_known_args()[0].device == 'cpu':
         os.environ['CUDA_VISIBLE_DEVICES'] = '-1'
     os.environ.setdefault('THP_MEM_ALLOC_ENABLE', '1')
+
+
+def start(name: str) -> None:
+    """Run the tool of this name in `mmvim.tools` with the arguments of the command line."""
+    prepare()
+    import_module('mmvim.tools.command_line').run(import_module(f'mmvim.tools.{name}'))

@@ -3,15 +3,12 @@
 python tools/benchmark.py vim-tiny deit-tiny --attention both --baseline deit-tiny --out work_dirs/benchmark
 """
 
-from _process import prepare
+from _process import start
 
 
 def main() -> None:
-    prepare()
-    from mmvim import cli
-    from mmvim.analysis import benchmark
-
-    cli.run(benchmark.main, benchmark.parser().parse_args())
+    """Run the tool."""
+    start('benchmark')
 
 
 if __name__ == '__main__':

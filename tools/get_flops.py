@@ -3,15 +3,12 @@
 python tools/get_flops.py configs/vim/vim-ti_8xb128_in1k.py --sizes 224 512 1024
 """
 
-from _process import prepare
+from _process import start
 
 
 def main() -> None:
-    prepare()
-    from mmvim import cli
-    from mmvim.analysis import flops
-
-    cli.run(flops.main, flops.parser().parse_args())
+    """Run the tool."""
+    start('flops')
 
 
 if __name__ == '__main__':

@@ -3,14 +3,12 @@
 python tools/test.py configs/demo/cascade_mask_rcnn_vim_ti_shapes.py work_dirs/cascade_mask_rcnn_vim_ti_shapes
 """
 
-from _process import prepare
+from _process import start
 
 
 def main() -> None:
-    prepare()
-    from mmvim import cli
-
-    cli.run(cli.test, cli.test_parser().parse_args())
+    """Run the tool."""
+    start('test')
 
 
 if __name__ == '__main__':

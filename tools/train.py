@@ -3,14 +3,12 @@
 python tools/train.py configs/demo/cascade_mask_rcnn_vim_ti_shapes.py
 """
 
-from _process import prepare
+from _process import start
 
 
 def main() -> None:
-    prepare()
-    from mmvim import cli
-
-    cli.run(cli.train, cli.train_parser().parse_args())
+    """Run the tool."""
+    start('train')
 
 
 if __name__ == '__main__':

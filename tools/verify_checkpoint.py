@@ -3,15 +3,12 @@
 python tools/verify_checkpoint.py FILE
 """
 
-from _process import prepare
+from _process import start
 
 
 def main() -> None:
-    prepare()
-    from mmvim import cli
-    from mmvim.analysis import verify
-
-    cli.run(verify.verify, verify.parser().parse_args())
+    """Run the tool."""
+    start('verify')
 
 
 if __name__ == '__main__':

@@ -3,15 +3,12 @@
 python tools/visualize_features.py IMAGE configs/demo/cascade_mask_rcnn_vim_ti_shapes.py CHECKPOINT --block 0 3
 """
 
-from _process import prepare
+from _process import start
 
 
 def main() -> None:
-    prepare()
-    from mmvim import cli
-    from mmvim.analysis import visualize
-
-    cli.run(visualize.visualize, visualize.parser().parse_args())
+    """Run the tool."""
+    start('visualize')
 
 
 if __name__ == '__main__':

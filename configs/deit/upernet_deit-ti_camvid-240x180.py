@@ -5,7 +5,7 @@ model = dict(
         _delete_=True,
         type='mmvim.VisionTransformer',
         arch='deit-tiny',
-        img_size=None,
+        img_size=_base_.crop_size,
         out_indices=(2, 5, 8, 11),
         out_type='featmap',
     )

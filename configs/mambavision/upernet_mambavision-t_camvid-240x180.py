@@ -21,7 +21,7 @@ ignore_index = 11
 image_size, crop_size = (240, 180), (160, 192)
 
 head = dict(channels=96, norm_cfg=dict(type='BN'))
-model = dict(decode_head=head, auxiliary_head=head)
+model = dict(data_preprocessor=dict(size=crop_size, seg_pad_val=ignore_index), decode_head=head, auxiliary_head=head)
 
 max_iters = 1000
 train_cfg = dict(val_interval=100)

@@ -6,5 +6,4 @@ _base_ = [
     '../_base_/segmentation_runtime.py',
 ]
 
-model = dict(data_preprocessor=dict(size=None, seg_pad_val=None), backbone=dict(img_size=None))
 auto_scale_lr = dict(base_batch_size=4)

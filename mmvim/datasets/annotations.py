@@ -3,6 +3,7 @@
 import json
 import os
 from collections import Counter
+from functools import lru_cache
 
 from mmengine.fileio import get_local_path
 
@@ -26,7 +27,7 @@ def read_annotations(path: str | os.PathLike, backend_args: dict | None = None, 
         The content, with the keys images, annotations and categories.
 
     Raises:
-        DataError: if the file is missing, no JSON, or lacks what detection needs; the message names file and entry.
+        DataError: if the file is missing, not JSON, or lacks what detection needs; the message names file and entry.
     """
     content = _read_json(path, backend_args)
     missing = [key for key in KEYS if not isinstance(content, dict) or not isinstance(content.get(key), list)]
@@ -58,9 +59,21 @@ def class_names(content: dict, path: str | os.PathLike) -> tuple[str, ...]:
     return tuple(str(name) for name in names)
 
 
-def read_class_names(path: str | os.PathLike, backend_args: dict | None = None) -> tuple[str, ...]:
-    """Names of the classes in a COCO-format file, in its order; see :func:`read_annotations` for errors."""
-    content = _read_json(path, backend_args)
+def read_class_names(path: str | os.PathLike) -> tuple[str, ...]:
+    """Names of the classes in a COCO-format file, in its order.
+
+    A file is read once until it changes: a config is completed when it is checked, and again by the runner.
+
+    Raises:
+        DataError: as :func:`read_annotations`.
+    """
+    state = os.stat(path) if os.path.exists(path) else None
+    return _class_names_of(str(path), *((state.st_mtime_ns, state.st_size) if state else ()))
+
+
+@lru_cache(maxsize=8)
+def _class_names_of(path: str, *state: int) -> tuple[str, ...]:
+    content = _read_json(path, None)
     return class_names(content if isinstance(content, dict) else {}, path)
 
 
@@ -78,7 +91,7 @@ def _read_json(path: str | os.PathLike, backend_args: dict | None) -> object:
     except IsADirectoryError:
         raise DataError(f"annotation file '{path}' is a folder: name the JSON file in it") from None
     except ValueError as error:
-        raise DataError(f"annotation file '{path}' is no JSON ({error}): export it in COCO format") from None
+        raise DataError(f"annotation file '{path}' is not JSON ({error}): export it in COCO format") from None
 
 
 def _check_images(images: list[dict], path: str | os.PathLike) -> None:

@@ -51,7 +51,7 @@ class CheckedCOCO(COCO):
 
 @DATASETS.register_module()
 class CocoFolderDataset(CocoDataset):
-    """A folder of images with a COCO-format annotation file, whatever its classes and category ids.
+    """A folder of images with a COCO-format annotation file, with any classes and category ids.
 
     The class names are those of the file, or the given ones, so that a validation file may order them differently or
     lack some. ``metainfo`` has them as ``classes`` and the path of the file as ``ann_file``.
@@ -159,7 +159,7 @@ class CocoFolderDataset(CocoDataset):
             problems = list(pool.map(problem, samples))
         bad = [sample['img_path'] for sample, text in zip(samples, problems, strict=True) if text]
         if bad:
-            print_log(f'{len(bad)} of {len(samples)} images left out as unusable: {bad}', 'current', 30)
+            print_log(f'{len(bad)} of {len(samples)} images are unusable and left out: {bad}', 'current', 30)
         if len(bad) == len(samples):
             raise DataError(f"none of the {len(bad)} images of '{self.ann_file}' can be read; the first: {problems[0]}")
         return [sample for sample, text in zip(samples, problems, strict=True) if not text]

@@ -1,4 +1,4 @@
-"""Loading of images that tells what is wrong with one."""
+"""Loading images, with errors that say what is wrong with one."""
 
 import io
 from pathlib import PurePath
@@ -13,7 +13,7 @@ from mmvim.arguments import check_choice, check_flags
 from mmvim.errors import DataError
 from mmvim.registry import TRANSFORMS
 
-# A decoder returns a picture with a grey rest for a file that ends early; these end marks tell.
+# A decoder returns a picture with a grey rest for a file that ends early; these end marks show it.
 _END_MARKS = ((b'\xff\xd8', b'\xff\xd9'), (b'\x89PNG', b'IEND\xaeB`\x82'))
 
 
@@ -64,8 +64,9 @@ DECODERS = ('cv2', 'turbojpeg', 'pillow', 'tifffile')
 
 @TRANSFORMS.register_module()
 class LoadImageFromFile(_LoadImageFromFile):
-    """Load an image as mmcv's transform of this name does, and refuse one that is unreadable, truncated or of another
-    size than its annotations.
+    """mmcv's transform of this name, with checks.
+
+    It refuses an image that is unreadable, truncated or of another size than its annotations.
 
     Args:
         as in mmcv, without ``ignore_empty``: whether images may be left out is for the data set to decide.

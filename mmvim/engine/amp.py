@@ -26,12 +26,12 @@ class AmpOptimWrapper(_AmpOptimWrapper):
     Args:
         dtype: 'bfloat16', or 'float16' with loss scaling.
         loss_scale: 'dynamic', or a fixed number above 0, which is for float16 only.
-        parts: attributes of the model to run under autocast; those that it lacks are passed over.
+        parts: attributes of the model to run under autocast; those that it lacks are skipped.
         kwargs: arguments of mmengine's OptimWrapper.
 
     Raises:
-        ValueError: if dtype is none of the two, loss_scale is no such number or given for bfloat16, parts are no names,
-            or the model has none of them.
+        ValueError: if dtype or loss_scale is illegal, loss_scale is given for bfloat16, parts are not names, or the
+            model has none of them.
     """
 
     def __init__(

@@ -9,7 +9,7 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from mmvim.checkpoints import Conversion, compare, find_state_dict, fit_to_classifier
-from mmvim.engine.complete import OTHER_HEADS, OTHER_PARTS, OTHER_TYPES
+from mmvim.config.class_counts import OTHER_HEADS, OTHER_PARTS, OTHER_TYPES
 from mmvim.errors import CheckpointError, ConfigError, DataError
 from mmvim.registry import HOOKS
 
@@ -19,12 +19,15 @@ class ClassCountHook(Hook):
     """Refuse a data set whose classes are not as many as a head of the model has."""
 
     def before_train(self, runner: Runner) -> None:
+        """Check the training data."""
         self._check(runner, runner.train_dataloader, 'train_dataloader')
 
     def before_val(self, runner: Runner) -> None:
+        """Check the validation data."""
         self._check(runner, runner.val_dataloader, 'val_dataloader')
 
     def before_test(self, runner: Runner) -> None:
+        """Check the test data."""
         self._check(runner, runner.test_dataloader, 'test_dataloader')
 
     @staticmethod
@@ -51,9 +54,9 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def head_class_counts(model: nn.Module) -> Iterator[tuple[str, int]]:
-    """Name and ``num_classes`` of every head of a model that tells the classes of the data apart.
+    """Name and ``num_classes`` of every head of a model that classifies into the classes of the data.
 
-    In a panoptic model of MMDetection that is the fusion head alone; the others tell things or stuff apart.
+    In a panoptic model of MMDetection that is only the fusion head; the others classify things or stuff.
     """
     fusion = getattr(model, 'panoptic_fusion_head', None)
     for name, module in model.named_modules() if fusion is None else [('panoptic_fusion_head', fusion)]:
@@ -68,7 +71,7 @@ def head_class_counts(model: nn.Module) -> Iterator[tuple[str, int]]:
 
 
 class Legal(NamedTuple):
-    """The values that a head or a metric takes in a label map: 0 to num_classes - 1, and ignore_index."""
+    """The values in a label map that a head or a metric accepts: 0 to num_classes - 1, and ignore_index."""
 
     owner: str
     num_classes: int
@@ -83,6 +86,7 @@ class Legal(NamedTuple):
         return wrong[0].item() if wrong.numel() else None
 
     def __str__(self) -> str:
+        """For messages, such as 'model.decode_head has num_classes=3 and ignore_index=255'."""
         return f'{self.owner} has num_classes={self.num_classes} and ignore_index={self.ignore_index}'
 
 
@@ -91,14 +95,14 @@ class LabelMapHook(Hook):
     """Refuse label maps with values that are neither a class nor the one to ignore.
 
     In training the loss would index beyond its classes, which on a GPU ends the whole process. In validation and tests
-    the host's metric would leave such pixels out of the truth and yet count what is predicted there.
+    the host's metric would drop such pixels from the ground truth and yet count what is predicted there.
     """
 
     def before_train(self, runner: Runner) -> None:
-        """Note what the heads of the model take."""
+        """Note which values the heads of the model accept."""
         model = unwrapped(runner.model)
         self.preprocessor = getattr(model, 'data_preprocessor', None)
-        heads: dict[tuple, Legal] = {}  # one of those that take the same, as the maps are read for each
+        heads: dict[tuple, Legal] = {}  # one of those that accept the same, as the maps are read for each
         for name, count in head_class_counts(model):
             head = model.get_submodule(name)
             if hasattr(head, 'ignore_index'):
@@ -140,7 +144,7 @@ def labelled(batch: object) -> list:
 
 
 def metrics_of(evaluator: object, key: str) -> list[Legal]:
-    """What the metrics of an evaluator take that compare label maps."""
+    """Values that those metrics of an evaluator accept that compare label maps."""
     metrics = [metric for metric in getattr(evaluator, 'metrics', ()) if hasattr(metric, 'ignore_index')]
     return [
         Legal(f'{key} ({type(metric).__name__})', len(metric.dataset_meta['classes']), metric.ignore_index)
@@ -149,14 +153,14 @@ def metrics_of(evaluator: object, key: str) -> list[Legal]:
     ]
 
 
-def check_label_maps(samples: Iterable, takers: Iterable[Legal]) -> None:
-    """Compare the values of label maps with those that heads or metrics take.
+def check_label_maps(samples: Iterable, accepted: Iterable[Legal]) -> None:
+    """Compare the values of label maps with those that heads or metrics accept.
 
     Raises:
-        DataError: naming the file, the value, and what takes it.
+        DataError: naming the file, the value, and the head or metric.
     """
     for sample in samples:
-        for legal in takers:
+        for legal in accepted:
             value = legal.first_wrong(sample.gt_sem_seg.data)
             if value is not None:
                 shifted = sample.get('reduce_zero_label', False)
@@ -164,7 +168,7 @@ def check_label_maps(samples: Iterable, takers: Iterable[Legal]) -> None:
                     f"label map '{sample.get('seg_map_path') or sample.get('img_path')}' has the value "
                     f'{value + shifted}{f" ({value} after reduce_zero_label)" if shifted else ""}, but {legal}: set '
                     'num_classes to the number of classes, ignore_index of heads, data set and evaluator to the value '
-                    'of what is not labelled, or reduce_zero_label=True if 0 is no class but the background'
+                    'of unlabelled pixels, or reduce_zero_label=True if 0 is the background and not a class'
                 )
 
 

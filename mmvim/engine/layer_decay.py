@@ -28,7 +28,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
 
     A parameter of a module with ``get_layer_depth`` at depth i of n gets the learning rate times
     ``decay_rate ** (n - 1 - i)``; all others get the full rate. Names in the module's ``no_weight_decay()``, biases,
-    norms and other one-dimensional parameters get no weight decay unless told otherwise.
+    norms and other one-dimensional parameters get no weight decay unless set otherwise.
 
     ``paramwise_cfg`` may hold:
 

@@ -11,9 +11,10 @@ from mmengine.runner import Runner as _Runner
 from torch import nn
 
 import mmvim.checkpoints  # noqa: F401  (reads checkpoints without running code from them)
-from mmvim.engine.complete import check_data_root, complete_config, completed_keys, dataset_of
-from mmvim.engine.config_files import check_read, config_files, follow_validation, runner_keys
-from mmvim.engine.empty_data import NUMPY_MESSAGE, explain_empty
+from mmvim.config.completion import complete_config
+from mmvim.config.data import NUMPY_MESSAGE, check_data_root, dataset_of, explain_empty
+from mmvim.config.files import config_files, follow_validation
+from mmvim.config.unread import check_read, runner_keys
 from mmvim.errors import ConfigError, DataError
 from mmvim.registry import RUNNERS
 
@@ -22,10 +23,12 @@ CHECKS = ('ClassCountHook', 'LabelMapHook', 'CheckpointFitHook')
 
 @RUNNERS.register_module()
 class Runner(_Runner):
-    """mmengine's Runner, which
+    """mmengine's Runner with checked input.
 
-    - fills in what follows from the data (:func:`mmvim.engine.complete.complete_config`),
-    - refuses a config file with a key that nothing reads (:mod:`mmvim.engine.config_files`),
+    In addition to what mmengine's does, it
+
+    - fills in what follows from the data (:func:`mmvim.config.completion.complete_config`),
+    - refuses a config file with a key that nothing reads (:mod:`mmvim.config.unread`),
     - refuses heads and label maps that do not fit the classes, and checkpoints that do not fit the model,
     - trains in one or several processes on a CPU, with SyncBN turned into BatchNorm there,
     - logs the progress of a test at least ten times.
@@ -45,8 +48,7 @@ class Runner(_Runner):
         cfg = copy.deepcopy(cfg)
         files = config_files(getattr(cfg, 'filename', None))
         follow_validation(cfg, files)
-        used = complete_config(cfg)
-        check_read(cfg, files, runner_keys(cfg) | completed_keys(cfg, used))
+        check_read(cfg, files, complete_config(cfg) | runner_keys(cfg))
         return super().from_cfg(cfg)
 
     def setup_env(self, env_cfg: dict) -> None:

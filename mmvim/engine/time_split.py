@@ -3,7 +3,6 @@
 import functools
 import json
 import statistics
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -14,12 +13,12 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from torch import nn
 
-from mmvim.analysis.tables import table
 from mmvim.arguments import check_numbers
 from mmvim.engine.hooks import unwrapped
 from mmvim.errors import ConfigError
-from mmvim.machine import device_name, synchronize, versions
+from mmvim.machine import clock, device_name, versions
 from mmvim.registry import HOOKS
+from mmvim.tables import table
 
 DATA, PREPROCESSING, POST, METRIC, REST = 'data', 'preprocessing', 'post-processing', 'metric', 'rest'
 # What the hosts call the making of results from a head's raw outputs.
@@ -28,7 +27,7 @@ FILE = 'time_split.json'
 
 
 class Stopwatch:
-    """Gives every moment to one row: what runs inside of something else is not counted there.
+    """Adds every moment to one row: what runs inside something else does not count there.
 
     Args:
         device: whose work is waited for whenever the row changes.
@@ -36,22 +35,21 @@ class Stopwatch:
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.rows, self.stack = device, Counter(), [REST]
-        self.last = time.perf_counter()
+        self.last = clock(device)
 
     def lap(self) -> None:
-        """Give the time since the last change to the row in hand."""
-        synchronize(self.device)
-        now = time.perf_counter()
+        """Add the time since the last change to the current row."""
+        now = clock(self.device)
         self.rows[self.stack[-1]] += now - self.last
         self.last = now
 
     def enter(self, row: str) -> None:
-        """Begin a row inside of the one in hand."""
+        """Begin a row inside the current one."""
         self.lap()
         self.stack.append(row)
 
     def leave(self) -> None:
-        """Go back to the row around."""
+        """Go back to the enclosing row."""
         self.lap()
         self.stack.pop()
 
@@ -103,7 +101,7 @@ class TimeSplitHook(Hook):
         parameter = next(model.parameters(), None)
         self.watch = Stopwatch(torch.device('cpu') if parameter is None else parameter.device)
         self.names, self.wrapped = [], []
-        for row, owner, method in _places(model):
+        for row, owner, method in _timed_methods(model):
             self._wrap(row, owner, method)
         self._wrap(METRIC, runner.test_loop.evaluator, 'process')
         self.batches, self.sizes, self.found, self.shapes = [], [], [], Counter()
@@ -116,7 +114,7 @@ class TimeSplitHook(Hook):
             self.names.append(row)
 
     def before_test_iter(self, runner: Runner, batch_idx: int, data_batch: dict | tuple | list | None = None) -> None:
-        """The batch is there."""
+        """End the wait for the batch."""
         self.watch.leave()
 
     def after_test_iter(
@@ -149,7 +147,7 @@ class TimeSplitHook(Hook):
         found = self.result(runner)
         path = Path(runner.log_dir) / FILE
         path.write_text(json.dumps(found, indent=1) + '\n')
-        runner.logger.info(f'time of a test\n{describe(found)}\nall of it is in {path}')
+        runner.logger.info(f'time of a test\n{describe(found)}\nfull results: {path}')
 
     def result(self, runner: Runner) -> dict:
         """What was measured: ``rows`` with milliseconds per image, and what they depend on."""
@@ -177,7 +175,7 @@ class TimeSplitHook(Hook):
         )
 
 
-def _places(model: nn.Module) -> Iterator[tuple[str, object, str]]:
+def _timed_methods(model: nn.Module) -> Iterator[tuple[str, object, str]]:
     """Row, owner and name of every method to be timed."""
     for name, child in model.named_children():
         row = PREPROCESSING if name == 'data_preprocessor' else name

@@ -602,7 +602,7 @@ CONFIGS = [
     ('vim/cascade_mask_rcnn_vim_ti_coco.py', 'tiny', 'rotary'),
     ('vim/cascade_mask_rcnn_vim_ti_380k_coco.py', 'tiny', 'rotary'),
     ('vim/mask_rcnn_vim_ti_coco.py', 'tiny', 'rotary'),
-    ('vim/cascade_mask_rcnn_vim_ti_coco_folder.py', 'tiny', None),
+    ('vim/cascade_mask_rcnn_vim_ti_folder.py', 'tiny', None),
     ('vim/cascade_mask_rcnn_vim_s_coco.py', 'small', 'rotary'),
     ('vim/upernet_vim-ti_8xb2-160k_ade20k-512x512.py', 'tiny', None),
     ('vim/upernet_vim-ti_8xb4-60k_ade20k-512x512.py', 'tiny', None),
@@ -617,8 +617,6 @@ CONFIGS = [
 @pytest.mark.parametrize('config, size, differs', CONFIGS)
 def test_a_published_file_in_the_configs_that_are_for_it(config, size, differs, published_vim, warnings):
     settings = Config.fromfile(REPOSITORY / 'configs' / config).model.backbone
-    if settings.get('img_size', 224) is None:  # the image_size of a folder's config
-        settings.img_size = 512
     model = MODELS.build(settings)
     init_cfg(model, published_vim(size))
     assert model.load_report.fits

@@ -187,9 +187,9 @@ def test_transformers_that_breaks_a_host_is_named(run_python, tmp_path, config):
         f"""
 import sys
 sys.stderr = sys.stdout
-from mmvim import cli
+from mmvim.tools import command_line, train
 try:
-    cli.run(cli.train, cli.train_parser().parse_args(['vim/{config}', '--work-dir', 'work']))
+    command_line.run(train, ['vim/{config}', '--work-dir', 'work'])
 except SystemExit as ended:
     assert ended.code == 1
 """

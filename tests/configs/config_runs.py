@@ -14,11 +14,17 @@ from mmengine.registry import MODELS
 from mmengine.structures import InstanceData, PixelData
 from torch import nn
 
-from mmvim import cli
 from mmvim.models import HierVim, MambaVision, VisionMamba, VisionTransformer
+from mmvim.tools import command_line, test
 
 CONFIGS = Path(__file__).parents[2] / 'configs'
-NAMES = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob('*.py') if '_base_' not in path.parts)
+FORMER = {  # names that configs had before, which still work
+    'hier_vim/mask-rcnn_hier-vim-t_fpn_coco-folder.py': 'hier_vim/mask-rcnn_hier-vim-t_fpn_folder.py',
+    'mambavision/mask-rcnn_mambavision-t_fpn_coco-folder.py': 'mambavision/mask-rcnn_mambavision-t_fpn_folder.py',
+    'vim/cascade_mask_rcnn_vim_ti_coco_folder.py': 'vim/cascade_mask_rcnn_vim_ti_folder.py',
+}
+FILES = {str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob('*.py') if '_base_' not in path.parts}
+NAMES = sorted(FILES - FORMER.keys())
 WIDTH = 16
 SMALL = {
     VisionMamba: dict(embed_dims=WIDTH, depth=4, d_state=4),
@@ -194,7 +200,7 @@ def check_published_classifier(folder, config, backbone, settings, save):
     text = PUBLISHED_CLASSIFIER.format(config=CONFIGS / config, backbone=settings, channels=channels)
     (folder / 'c.py').write_text(text)
     arguments = ['c.py', 'published.pth', '--work-dir', 'work', '--out', 'out.pkl']
-    cli.run(cli.test, cli.test_parser().parse_args(arguments))
+    command_line.run(test, arguments)
 
     mean, std = np.float32([123.675, 116.28, 103.53]), np.float32([58.395, 57.12, 57.375])
     with torch.no_grad():

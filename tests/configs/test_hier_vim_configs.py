@@ -22,7 +22,7 @@ SEGMENTER = 'vim_ablations/segmenter_vim-ti{}_8xb2-160k_ade20k-512x512.py'
 def test_all_that_was_promised_is_there():
     names = [f'hier-vim-{size}_16xb64_in1k.py' for size in 'tsb']
     names += [f'mask-rcnn_hier-vim-{size}_fpn_1x_coco.py' for size in 'tsb']
-    names += ['mask-rcnn_hier-vim-t_fpn_coco-folder.py', 'upernet_hier-vim-t_folder.py']
+    names += ['mask-rcnn_hier-vim-t_fpn_folder.py', 'upernet_hier-vim-t_folder.py']
     names += [f'upernet_hier-vim-{size}_8xb2-160k_ade20k-512x512.py' for size in 'tsb']
     assert HIER_VIM == sorted(f'hier_vim/{name}' for name in names)
     names = [IMAGENET.format(name) for name in (*STRATEGIES, *(f'cls-{design}' for design in CLASSIFICATION))]

@@ -125,7 +125,7 @@ def test_keys_that_exporters_leave_out_are_filled_in(folder):
 @pytest.mark.parametrize(
     'text, message',
     [
-        ('{"images": [', r"train.json' is no JSON"),
+        ('{"images": [', r"train.json' is not JSON"),
         ('[]', r"train.json' has no list \['images', 'annotations', 'categories'\]"),
         ('{"annotations": [], "categories": []}', r"train.json' has no list \['images'\]"),
         ('{"images": [], "annotations": [], "categories": [{"id": 1, "name": "a"}]}', "train.json' lists no images"),
@@ -226,7 +226,7 @@ def test_a_missing_image_at_run_time_is_named(folder):
 
 
 @pytest.mark.parametrize('height, width', [(1, 1), (7, 3000), (3000, 7), (33, 47)])
-@pytest.mark.parametrize('config', ['ti_coco', 'ti_coco_folder'])
+@pytest.mark.parametrize('config', ['ti_coco', 'ti_folder'])
 @pytest.mark.parametrize('with_objects', [True, False], ids=['objects', 'empty'])
 def test_extreme_images_pass_the_pipelines(tmp_path, load_config, config, height, width, with_objects):
     entries = [annotation(1, 1, bbox=[0, 0, width, height], segmentation=[[0, 0, width, 0, width, height, 0, height]])]

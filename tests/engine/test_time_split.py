@@ -2,18 +2,17 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.registry import RUNNERS
 
-from mmvim import cli
 from mmvim.engine import time_split
 from mmvim.engine.hooks import unwrapped
 from mmvim.engine.time_split import FILE, TimeSplitHook
 from mmvim.errors import ConfigError
+from mmvim.tools import command_line, test
 
 CONFIGS = Path(__file__).parent.parent.parent / 'configs'
 LOADER = 'dict(batch_size=1, num_workers=0, persistent_workers=False, dataset=dict(shapes=shapes))'
@@ -71,7 +70,7 @@ class Probe(Hook):
 def test_every_moment_has_one_row(run, monkeypatch):
     """A clock that only parts of a detector move, one inside of the other: each shows up in its own row alone."""
     clock = [0.0]
-    monkeypatch.setattr(time_split, 'time', SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(time_split, 'clock', lambda device: clock[0])
 
     def slowed(method, seconds):
         def call(*args, **kwargs):
@@ -143,7 +142,7 @@ def test_the_option_of_the_tool(tmp_path, monkeypatch, capfd):
     (tmp_path / 'tiny.py').write_text(SEGMENTOR)
     monkeypatch.chdir(tmp_path)
     arguments = ['tiny.py', '--profile', '1', '--work-dir', 'work']
-    cli.run(cli.test, cli.test_parser().parse_args(arguments))
+    command_line.run(test, arguments)
     output = capfd.readouterr().out
     assert 'ms per image' in output and '2 images of 64x64, 1 in a batch, after 1 batches of warm-up' in output
     (path,) = (tmp_path / 'work').glob(f'*/{FILE}')
@@ -157,4 +156,4 @@ def test_too_few_images(run):
 
 def test_only_a_profile_goes_without_checkpoint():
     with pytest.raises(ConfigError, match='no checkpoint given'):
-        cli.test(cli.test_parser().parse_args(['demo/upernet_mambavision_shapes.py']))
+        test.main(test.parser().parse_args(['demo/upernet_mambavision_shapes.py']))

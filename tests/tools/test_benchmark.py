@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from mmvim import machine
-from mmvim.analysis import benchmark
 from mmvim.errors import ConfigError, InputError
+from mmvim.tools import benchmark
 
 CONFIG = """
 model = dict(
@@ -278,7 +278,7 @@ def test_labels_tell_models_apart(configs, tmp_path):
         (['vim-tiny', '--threads', '0'], '--threads: 0 is not positive'),
         (['vim-tiny', '--threads', '-1'], '--threads: -1 is not positive'),
         (['vim-tiny:depth=3'], 'VisionMamba at 224 px cannot be built: .*depth'),
-        (['vim-tiny:depth'], "'depth' is no KEY=VALUE"),
+        (['vim-tiny:depth'], "'depth' is not KEY=VALUE"),
         (['mmdet.ResNet:depth=18,out_indices=(2'], 'brackets of .* do not match'),
         (['mmdet'], "unknown model 'mmdet'"),
         (['mmdet::no/such.py'], "config 'mmdet::no/such.py' cannot be read: .*check host and path"),
@@ -319,7 +319,7 @@ def test_configs_that_cannot_be_read(tmp_path):
         sweep(broken, '--out', tmp_path / 'out')
 
 
-@pytest.mark.parametrize('config', ['cascade_mask_rcnn_vim_ti_coco_folder', 'upernet_vim-ti_folder'])
+@pytest.mark.parametrize('config', ['cascade_mask_rcnn_vim_ti_folder', 'upernet_vim-ti_folder'])
 def test_config_whose_data_is_not_here(config, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     label, backbone, *_ = benchmark.model_config(f'vim/{config}.py', 'sdpa')

@@ -7,7 +7,8 @@ import pytest
 import torch
 from mmengine.dataset import default_collate
 
-from mmvim import cli
+from mmvim.tools import command_line, test, train
+from mmvim.tools.errors import explain
 
 
 @pytest.fixture
@@ -18,9 +19,8 @@ def fails(trained, monkeypatch, capsys):
 
     def run(tool, *arguments):
         before = {path: path.read_bytes() for path in (folder / 'work').glob('*') if path.is_file()}
-        parser = cli.train_parser() if tool == 'train' else cli.test_parser()
         with pytest.raises(SystemExit) as ended:
-            cli.run(cli.train if tool == 'train' else cli.test, parser.parse_args([str(a) for a in arguments]))
+            command_line.run(train if tool == 'train' else test, arguments)
         assert ended.value.code == 1
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert error.startswith('error: ')
@@ -33,7 +33,7 @@ def fails(trained, monkeypatch, capsys):
 
 def test_a_finished_run_is_not_overwritten(fails):
     error = fails('train', 'tiny.py', '--work-dir', 'work')
-    assert "'work' already holds checkpoints (iter_4.pth): go on with --resume, or choose another" in error
+    assert "'work' already holds checkpoints (iter_4.pth): continue with --resume, or choose another" in error
 
 
 def test_missing_config(fails):
@@ -88,7 +88,7 @@ def test_other_arguments(fails):
 def test_a_batch_of_images_of_different_sizes():
     with pytest.raises(RuntimeError) as raised:
         default_collate([dict(inputs=torch.zeros(3, 8, 8)), dict(inputs=torch.zeros(3, 8, 9))])
-    assert 'the images of a batch differ in size' in cli.explain(raised.value)
+    assert 'the images of a batch differ in size' in explain(raised.value)
 
 
 @pytest.fixture
@@ -112,7 +112,7 @@ def folder_options(root, *more):
     return ('--work-dir', root / 'work', '--cfg-options', f'data_root={root}', *files, *small, *more)
 
 
-FOLDER = 'vim/cascade_mask_rcnn_vim_ti_coco_folder.py'
+FOLDER = 'vim/cascade_mask_rcnn_vim_ti_folder.py'
 
 
 def test_coco_folder_files(fails, coco_folder):
@@ -160,7 +160,7 @@ def test_checkpoints(fails, tiny_folder):
     assert re.search(r'roi_head\.bbox_head\.0\.fc_cls\.weight \(5, \d+\) in the file, \(6, \d+\) in the model', error)
 
 
-def test_a_bad_image_of_a_worker_process_is_told_in_one_line(fails, coco_folder):
+def test_a_bad_image_in_a_worker_process_gives_one_line(fails, coco_folder):
     images = coco_folder / 'pictures'
     images.mkdir()
     for path in (coco_folder / 'images').iterdir():

@@ -9,9 +9,8 @@ from mmengine.registry import MODELS
 from torch import nn
 
 import mmvim.registry  # noqa: F401
-from mmvim import cli
-from mmvim.analysis import flops
 from mmvim.errors import InputError
+from mmvim.tools import command_line, flops
 
 
 @pytest.fixture
@@ -19,7 +18,7 @@ def run(capsys):
     """The tool in this process; returns what it prints."""
 
     def call(*arguments):
-        cli.run(flops.main, flops.parser().parse_args([str(argument) for argument in arguments]))
+        command_line.run(flops, arguments)
         return capsys.readouterr().out
 
     return call
@@ -162,8 +161,8 @@ def test_a_model_that_looks_at_values_is_run():
 
 
 def test_a_folder_without_data_counts_all_the_same(run):
-    output = run('vim/cascade_mask_rcnn_vim_ti_coco_folder.py', '--shape', 256)
-    assert 'the classes are taken to be 80' in output
+    output = run('vim/cascade_mask_rcnn_vim_ti_folder.py', '--shape', 256)
+    assert 'assuming 80 classes' in output
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ import cv2
 import numpy as np
 import pytest
 
-from mmvim import cli
+from mmvim.tools import command_line
+from mmvim.tools import train as tool
 
 CONFIGS = Path(__file__).parents[2] / 'configs'
 SEGMENTOR = """
@@ -72,7 +73,7 @@ def train(text, *options):
     """Train the config; what it resolves to and the checkpoint are then in work/."""
     Path('c.py').write_text(text.format(configs=CONFIGS))
     arguments = ['c.py', '--work-dir', 'work', '--cfg-options', 'default_hooks.logger.interval=1', *options]
-    cli.run(cli.train, cli.train_parser().parse_args(arguments))
+    command_line.run(tool, arguments)
 
 
 def test_a_detector(trained, monkeypatch):

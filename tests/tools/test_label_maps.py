@@ -9,9 +9,11 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmseg.evaluation import IoUMetric
 
-from mmvim import cli
+from mmvim import tools
 from mmvim.engine.runner import Runner
 from mmvim.errors import ConfigError
+from mmvim.tools import command_line
+from mmvim.tools.test import write_label_maps
 
 CONFIGS = Path(__file__).parents[2] / 'configs'
 CONFIG = """
@@ -68,10 +70,8 @@ def mark(folder, split, value):
 
 
 def train(*options):
-    cli.run(
-        cli.train, cli.train_parser().parse_args(['c.py', '--work-dir', 'work', '--device', 'cpu', '--cfg-options',
-                                                  'default_hooks.logger.interval=1', *options])
-    )  # fmt: skip
+    given = ('--device', 'cpu', '--cfg-options', 'default_hooks.logger.interval=1', *options)
+    command_line.run(tools.train, ['c.py', '--work-dir', 'work', *given])
 
 
 @pytest.fixture
@@ -129,7 +129,7 @@ def test_validation_and_tests_refuse_a_value_that_the_metric_would_pass_over(fol
     assert expected.format('val_evaluator') in error(train)
 
     def test(*arguments):
-        cli.run(cli.test, cli.test_parser().parse_args(['c.py', 'saved.pth', '--work-dir', 'work', *arguments]))
+        command_line.run(tools.test, ['c.py', 'saved.pth', '--work-dir', 'work', *arguments])
 
     (checkpoint,) = (folder / 'work').glob('*.pth')
     checkpoint.rename('saved.pth')
@@ -152,14 +152,14 @@ def test_validation_and_tests_refuse_a_value_that_the_metric_would_pass_over(fol
 def test_predictions_are_written_in_every_form_of_an_evaluator(tmp_path, evaluator):
     init_default_scope('mmseg')
     cfg = Config(dict(test_evaluator=evaluator))
-    cli.write_label_maps(cfg, str(tmp_path / 'out'))
+    write_label_maps(cfg, str(tmp_path / 'out'))
     *_, metric = Runner.build_evaluator(None, cfg.test_evaluator).metrics
     assert metric.output_dir == str(tmp_path / 'out') and (tmp_path / 'out').is_dir()
 
 
 def test_predictions_need_a_metric_that_writes_them(tmp_path):
     with pytest.raises(ConfigError, match="has no metric that writes label maps: add one of .*'IoUMetric'"):
-        cli.write_label_maps(Config(dict(test_evaluator=[dict(type='DepthMetric')])), 'out')
+        write_label_maps(Config(dict(test_evaluator=[dict(type='DepthMetric')])), 'out')
 
 
 def test_a_batch_of_two_sizes_is_padded_in_training_and_refused_in_validation(folder, error):

@@ -15,7 +15,7 @@ import resource, sys
 sys.path.insert(0, {str(TOOLS)!r})
 from _process import prepare
 prepare()
-from mmvim import cli
+import mmvim.tools.command_line
 from mmvim.machine import forget_peak, peak_rss_mib, return_freed_memory
 import torch
 

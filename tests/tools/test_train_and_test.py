@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from mmvim import cli
+from mmvim.tools import command_line, test, train
 
 
 def lines(output, start):
@@ -82,8 +82,7 @@ def run_here(trained, monkeypatch, capfd):
     monkeypatch.chdir(trained[0])
 
     def run(tool, *arguments):
-        parser = cli.train_parser() if tool == 'train' else cli.test_parser()
-        cli.run(cli.train if tool == 'train' else cli.test, parser.parse_args(arguments))
+        command_line.run(train if tool == 'train' else test, arguments)
         return capfd.readouterr().out
 
     return run

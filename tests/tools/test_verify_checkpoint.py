@@ -11,12 +11,11 @@ import torch
 from mmengine.registry import MODELS
 from torch import nn
 
-from mmvim import cli
-from mmvim.analysis import verify
-from mmvim.analysis.verify import configs_for
-from mmvim.analysis.weights import backbone_weights
 from mmvim.checkpoints.identify import identify
 from mmvim.models import HierVim, MambaVision, VisionMamba
+from mmvim.tools import command_line, verify
+from mmvim.tools.verify import configs_for
+from mmvim.tools.weights import backbone_weights
 
 REPOSITORY = Path(__file__).parents[2]
 DATA = REPOSITORY / 'tests' / 'data'
@@ -47,12 +46,11 @@ def check(tmp_path, monkeypatch, capsys):
     def run(*arguments, save=None, error=None):
         if save is not None:
             torch.save(save, arguments[0])
-        parsed = verify.parser().parse_args([str(a) for a in arguments])
         if error is None:
-            cli.run(verify.verify, parsed)
+            command_line.run(verify, arguments)
         else:
             with pytest.raises(SystemExit) as ended:
-                cli.run(verify.verify, parsed)
+                command_line.run(verify, arguments)
             assert ended.value.code == 1
         printed = capsys.readouterr()
         if error is not None:
@@ -241,7 +239,7 @@ def test_a_whole_model_and_its_config(check, load_config):
     others = [name for name in weights if not name.startswith('backbone.')]
     assert 'saved by mmengine (epoch 3, iter 70)' in out
     assert f'other parts of the model:\n    fit: {len(others)} (' in out
-    assert f'other parts, not looked at without --config: {len(others)} weights of neck, roi_head, rpn_head' in check(
+    assert f'other parts, not checked without --config: {len(others)} weights of neck, roi_head, rpn_head' in check(
         'model.pth', '--no-forward'
     )
     del weights[others[0]]

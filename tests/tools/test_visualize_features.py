@@ -10,11 +10,11 @@ import pytest
 import torch
 from mmengine.registry import MODELS, init_default_scope
 
-from mmvim import cli
-from mmvim.analysis import visualize
-from mmvim.analysis.pictures import reduce_channels
-from mmvim.analysis.tracing import receptive_field, scan_directions, trace
+from mmvim.config.reading import read_config
 from mmvim.models import HierVim, MambaVision, VisionMamba, VisionTransformer
+from mmvim.tools import command_line, visualize
+from mmvim.tools.pictures import reduce_channels
+from mmvim.tools.tracing import receptive_field, scan_directions, trace
 from ssm_kernels import selective_scan_fn
 
 REPOSITORY = Path(__file__).parents[2]
@@ -121,16 +121,16 @@ def test_the_decay_is_that_of_the_real_scan():
     assert names == expected
 
 
-def test_places_of_class_tokens_and_windows():
+def test_token_indices_with_class_tokens_and_windows():
     image = torch.randn(1, 3, 64, 48)
-    places = {layout: trace(vim(cls_token=layout), image)[0].places for layout in VisionMamba.CLS_TOKENS}
-    assert places['head'].flatten().tolist() == list(range(1, 13))
-    assert places['double'].flatten().tolist() == list(range(1, 13))
-    assert places['middle'].flatten().tolist() == [*range(6), *range(7, 13)]
-    assert places[None].shape == (4, 3)
+    token_index = {layout: trace(vim(cls_token=layout), image)[0].token_index for layout in VisionMamba.CLS_TOKENS}
+    assert token_index['head'].flatten().tolist() == list(range(1, 13))
+    assert token_index['double'].flatten().tolist() == list(range(1, 13))
+    assert token_index['middle'].flatten().tolist() == [*range(6), *range(7, 13)]
+    assert token_index[None].shape == (4, 3)
     block = trace(randomly_filled(MambaVision(**MAMBAVISION)), torch.randn(1, 3, 64, 80))[2]
     assert block.tokens.shape[:2] == (4, 9) and block.stride == 16
-    assert block.places.tolist() == [[0, 1, 2, 9, 10], [3, 4, 5, 12, 13], [6, 7, 8, 15, 16], [18, 19, 20, 27, 28]]
+    assert block.token_index.tolist() == [[0, 1, 2, 9, 10], [3, 4, 5, 12, 13], [6, 7, 8, 15, 16], [18, 19, 20, 27, 28]]
 
 
 def test_the_receptive_field_of_one_direction_ends_at_the_position():
@@ -168,7 +168,7 @@ def folder(tmp_path, monkeypatch):
         'neck=dict(in_channels=16))\n'
     )
     monkeypatch.chdir(tmp_path)
-    backbone = MODELS.build(visualize.load_config(visualize.parser().parse_args(['i', 'small.py', 'c'])).model.backbone)
+    backbone = MODELS.build(read_config('small.py').model.backbone)
     backbone.init_weights()
     weights = backbone.state_dict()
     torch.save({'model': dict(weights)}, 'published.pth')
@@ -178,7 +178,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def run(*arguments):
-    cli.run(visualize.visualize, visualize.parser().parse_args([str(a) for a in arguments]))
+    command_line.run(visualize, arguments)
 
 
 @pytest.mark.parametrize('checkpoint', ['published.pth', 'model.pth', 'none'])
@@ -197,7 +197,7 @@ def test_pictures(folder, capsys, checkpoint):
     'name', [DEMO, 'demo/upernet_mambavision_shapes.py', 'mambavision/mambavision-t_32xb128_in1k.py']
 )
 def test_the_input_is_the_one_of_the_hosts(folder, name):
-    cfg = visualize.load_config(visualize.parser().parse_args(['image', name, 'checkpoint']))
+    cfg = read_config(name)
     init_default_scope(cfg.default_scope)
     settings = dict(cfg.model.get('data_preprocessor') or cfg.data_preprocessor)
     settings.setdefault('type', 'ClsDataPreprocessor')

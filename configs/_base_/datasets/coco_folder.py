@@ -1,5 +1,5 @@
-# Any data set in COCO format; class names and their number come from the annotation file. mmvim.Runner hands the keys
-# below to whatever leaves the setting of that meaning open. Name the files with
+# Any data set in COCO format; class names and their number come from the annotation file. mmvim.Runner passes the keys
+# below to every part that leaves the setting open. Name the files with
 #   --cfg-options data_root=FOLDER train_ann=FILE val_ann=FILE train_img=FOLDER val_img=FOLDER
 # (all but data_root may be relative to it), or in a config that inherits this one.
 data_root = 'data/my_data'

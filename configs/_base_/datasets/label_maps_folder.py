@@ -1,6 +1,6 @@
 # Any folder of images and label maps: one byte per pixel, the number of its class. An image and its label map have the
-# same name up to the suffix. mmvim.Runner hands the keys below to whatever leaves the setting of that meaning open. Set
-# them with
+# same name up to the suffix. mmvim.Runner passes the keys below to every part that leaves the setting open. Set them
+# with
 #   --cfg-options data_root=FOLDER classes="[road,sky]" img_suffix=.png
 # (folders may be relative to data_root), or in a config that inherits this one.
 data_root = 'data/my_data'
@@ -8,7 +8,7 @@ train_img, train_ann = 'images/train', 'annotations/train'
 val_img, val_ann = 'images/val', 'annotations/val'
 img_suffix, seg_map_suffix = '.jpg', '.png'
 classes = None  # names of the values 0, 1, ... in this order; they must be given
-ignore_index = 255  # the value of what is not labelled
+ignore_index = 255  # the value of unlabelled pixels
 reduce_zero_label = False  # True: 0 is not labelled either, and the first class is 1
 image_size = 512  # shorter side, pixels; the longer one is at most 4 times as long; or (width, height) of the frame
 crop_size = None  # (height, width) of the training images; None: squares of image_size

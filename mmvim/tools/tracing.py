@@ -25,7 +25,7 @@ class Block:
     Attributes:
         name: the module's name in the backbone.
         features: map behind the block (C, h, w), with the graph to the image if there was one.
-        places: for every position of the map (h, w), where its token stands: scan * L + index in the scan.
+        token_index: for every position of the map (h, w), where its token stands: scan * L + index in the scan.
         stride: distance of neighbouring positions, pixels.
         offset: where the first position's square of this side begins, pixels.
         mixer: the scanning mixer; None if the block has none.
@@ -35,7 +35,7 @@ class Block:
 
     name: str
     features: Tensor
-    places: Tensor
+    token_index: Tensor
     stride: int
     offset: float = 0.0
     mixer: VimMixer | MambaVisionMixer | None = None
@@ -159,8 +159,8 @@ class _Recorder:
         mixer = getattr(self.module, 'mixer', None)
         return mixer if isinstance(mixer, VimMixer | MambaVisionMixer) else None
 
-    def block(self, features: Tensor, places: Tensor, stride: int, offset: float = 0.0) -> Block:
-        return Block(self.name, features, places, stride, offset, self.mixer, self.tokens, self.reverse)
+    def block(self, features: Tensor, token_index: Tensor, stride: int, offset: float = 0.0) -> Block:
+        return Block(self.name, features, token_index, stride, offset, self.mixer, self.tokens, self.reverse)
 
 
 def trace(backbone: nn.Module, image: Tensor) -> list[Block]:
@@ -198,27 +198,27 @@ def _blocks_of(name: str, stages: nn.ModuleList) -> dict[str, nn.Module]:
     return {f'{name}.{i}.blocks.{j}': b for i, stage in enumerate(stages) for j, b in enumerate(stage.blocks)}
 
 
-def _places(h: int, w: int, skipped: tuple[int, ...] = ()) -> Tensor:
+def _token_index(h: int, w: int, skipped: tuple[int, ...] = ()) -> Tensor:
     tokens = [i for i in range(h * w + len(skipped)) if i not in skipped]
     return torch.tensor(tokens).reshape(h, w)
 
 
-def _lay_out(tokens: Tensor, places: Tensor) -> Tensor:
+def _lay_out(tokens: Tensor, token_index: Tensor) -> Tensor:
     """Tokens (S, L, C) -> map (C, h, w)."""
-    return tokens.flatten(0, 1)[places.flatten().to(tokens.device)].unflatten(0, places.shape).movedim(-1, 0)
+    return tokens.flatten(0, 1)[token_index.flatten().to(tokens.device)].unflatten(0, token_index.shape).movedim(-1, 0)
 
 
 def _trace_vim(backbone: VisionMamba, image: Tensor) -> list[Block]:
     recorders = _run(backbone, image, {f'layers.{i}': layer for i, layer in enumerate(backbone.layers)})
     h, w = backbone.patch_embed.grid_size(*image.shape[-2:])
-    places = _places(h, w, class_token_positions(backbone.cls_layout, h * w))
+    token_index = _token_index(h, w, class_token_positions(backbone.cls_layout, h * w))
     streams = [sum(recorder.output) for recorder in recorders]
     if backbone.directions == 'block':  # the second of a pair ends it, and the pair's outputs are added
         streams[1::2] = [first + second for first, second in zip(streams[::2], streams[1::2], strict=True)]
     stride = backbone.patch_embed.patch_stride
     offset = (backbone.patch_embed.patch_size - stride) / 2
     return [
-        recorder.block(_lay_out(stream, places), places, stride, offset)
+        recorder.block(_lay_out(stream, token_index), token_index, stride, offset)
         for recorder, stream in zip(recorders, streams, strict=True)
     ]
 
@@ -228,8 +228,8 @@ def _trace_hier_vim(backbone: HierVim, image: Tensor) -> list[Block]:
     blocks = []
     for recorder in _run(backbone, image, modules):
         stride = backbone.patch_size * 2 ** int(recorder.name.split('.')[1])
-        places = _places(*(-(-side // stride) for side in image.shape[-2:]))
-        blocks.append(recorder.block(_lay_out(recorder.output, places), places, stride))
+        token_index = _token_index(*(-(-side // stride) for side in image.shape[-2:]))
+        blocks.append(recorder.block(_lay_out(recorder.output, token_index), token_index, stride))
     return blocks
 
 
@@ -241,22 +241,22 @@ def _trace_mambavision(backbone: MambaVision, image: Tensor) -> list[Block]:
         level, stride = backbone.levels[index], 4 * 2**index
         if level.window is None:
             h, w = recorder.output.shape[-2:]
-            blocks.append(recorder.block(recorder.output[0], _places(h, w), stride))
+            blocks.append(recorder.block(recorder.output[0], _token_index(h, w), stride))
             continue
         size = tuple(-(-side // stride) for side in image.shape[-2:])
         window = window_shape(size, level.window, level.fit_windows)
         tokens = recorder.output  # of the windows of one image
-        places = torch.arange(tokens[..., 0].numel()).reshape(*tokens.shape[:2], 1)
-        places = from_windows(places, window, 1, size)[0, 0]
-        blocks.append(recorder.block(_lay_out(tokens, places), places, stride))
+        token_index = torch.arange(tokens[..., 0].numel()).reshape(*tokens.shape[:2], 1)
+        token_index = from_windows(token_index, window, 1, size)[0, 0]
+        blocks.append(recorder.block(_lay_out(tokens, token_index), token_index, stride))
     return blocks
 
 
 def _trace_transformer(backbone: VisionTransformer, image: Tensor) -> list[Block]:
     h, w = backbone.patch_embed.grid_size(*image.shape[-2:])
-    places = _places(h, w, (0,) if backbone.with_cls_token else ())
+    token_index = _token_index(h, w, (0,) if backbone.with_cls_token else ())
     recorders = _run(backbone, image, {f'blocks.{i}': block for i, block in enumerate(backbone.blocks)})
-    return [r.block(_lay_out(r.output, places), places, backbone.patch_embed.patch_stride) for r in recorders]
+    return [r.block(_lay_out(r.output, token_index), token_index, backbone.patch_embed.patch_stride) for r in recorders]
 
 
 TRACERS: dict[type, Callable[[nn.Module, Tensor], list[Block]]] = {
@@ -275,7 +275,8 @@ def receptive_field(block: Block, image: Tensor, row: int, column: int) -> Tenso
     Args:
         block: a traced block.
         image: the image that was traced, requiring a gradient.
-        row, column: the position in the block's map.
+        row: of the position in the block's map.
+        column: of the position.
     """
     (gradient,) = torch.autograd.grad(block.features[:, row, column].sum(), image, retain_graph=True)
     return gradient[0].abs().sum(0)

@@ -6,10 +6,14 @@ from mmengine.config import Config, ConfigDict
 from mmengine.hub import get_config
 from mmengine.registry import MODELS, DefaultScope
 
-from mmvim.engine.complete import check_data_root, complete_config, set_num_classes
+from mmvim.config.class_counts import set_num_classes
+from mmvim.config.completion import complete_config
+from mmvim.config.data import check_data_root
+from mmvim.config.reading import read_config
+from mmvim.datasets import annotations
 from mmvim.errors import ConfigError, DataError
 
-FOLDER = 'vim/cascade_mask_rcnn_vim_ti_coco_folder.py'
+FOLDER = 'vim/cascade_mask_rcnn_vim_ti_folder.py'
 
 
 @pytest.fixture
@@ -157,6 +161,38 @@ def test_image_size_and_iterations_are_stated_once(load_config, files):
     assert cfg.train_cfg.max_iters == cfg.param_scheduler[-1].end == 70
 
 
+def test_the_size_of_the_model_follows_the_files_and_not_what_a_config_states_itself(load_config, files, tmp_path):
+    assert load_config(FOLDER, **files).model.backbone.img_size == (1024, 1024)
+    own = load_config(FOLDER, **files, image_size=320, **{'model.backbone.img_size': 256})
+    assert own.model.backbone.img_size == 256
+    child = tmp_path / 'child.py'
+    child.write_text(f"_base_ = '{load_config(FOLDER, **files).filename}'\nimage_size = 640\n")
+    for size, options in ((640, {}), (320, dict(image_size=320))):
+        cfg = load_config(child, **files, **options)
+        assert cfg.model.backbone.img_size == (size, size)
+
+
+def test_the_annotations_are_read_once_before_there_is_a_data_set(files, tmp_path, monkeypatch):
+    read, paths = annotations._read_json, []
+    monkeypatch.setattr(annotations, '_read_json', lambda path, *args: paths.append(path) or read(path, *args))
+    child = tmp_path / 'child.py'
+    child.write_text(f"_base_ = 'mmvim::{FOLDER}'\nspare = 1\n")  # a key whose reader is looked for
+    keys = {**files, 'data_root': str(tmp_path)}
+    for _ in range(2):
+        with pytest.raises(ConfigError, match="nothing in this config takes its value from 'spare'"):
+            read_config(str(child), keys)
+    child.write_text(f"_base_ = 'mmvim::{FOLDER}'\n")
+    cfg = read_config(str(child), keys)
+    complete_config(cfg)
+    assert paths.count(str(tmp_path / 'a.json')) == 1 and cfg.model.roi_head.num_classes == 2
+    content = json.loads((tmp_path / 'a.json').read_text())
+    content['categories'].append(dict(id=4, name='nut'))
+    (tmp_path / 'a.json').write_text(json.dumps(content))
+    cfg = read_config(str(child), keys)
+    complete_config(cfg)
+    assert paths.count(str(tmp_path / 'a.json')) == 2 and cfg.model.roi_head.num_classes == 3
+
+
 def test_completing_twice_changes_nothing(load_config, files):
     cfg = load_config(FOLDER, **files)
     before = cfg.to_dict()
@@ -231,7 +267,7 @@ def test_types_may_be_classes(load_config):
         )
 
     cfg = Config.fromfile(named.filename)
-    cfg = ConfigDict(with_classes(cfg.to_dict()) | keys)
+    cfg = Config(with_classes(cfg.to_dict()) | keys, filename=named.filename)
     assert cfg.train_dataloader.dataset.type is BaseSegDataset
     complete_config(cfg)
     assert with_names(cfg.to_dict()) == named.to_dict()

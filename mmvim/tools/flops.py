@@ -13,7 +13,6 @@ import argparse
 import functools
 import inspect
 import json
-import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -26,15 +25,22 @@ from pathlib import Path
 import torch
 from mmengine.analysis import FlopAnalyzer
 from mmengine.config import Config
+from mmengine.model import revert_sync_batchnorm
+from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry
 
-from mmvim.analysis.tables import table
+import mmvim.registry  # noqa: F401
 from mmvim.compat.types import kind_of
+from mmvim.config.completion import complete_config
+from mmvim.config.data import dataset_of
+from mmvim.config.reading import read_config
 from mmvim.errors import ConfigError, DataError, InputError, first_line
+from mmvim.tables import table
+from mmvim.tools.command_line import add_cfg_options, new_parser
 
 # Per channel, state and token: decay times state, input times step, and the read-out.
 SCAN = 3
@@ -53,7 +59,7 @@ TRAINING_ONLY = ('auxiliary_head',)
 Shape = Sequence[int]
 
 
-# ---- formulas: from the operator's arguments, shapes in the place of tensors, to operations by kind
+# ---- formulas: from the operator's arguments, shapes in place of tensors, to operations by kind
 
 
 def attention(q: Shape, k: Shape, *_) -> Counter[str]:
@@ -62,12 +68,12 @@ def attention(q: Shape, k: Shape, *_) -> Counter[str]:
 
 
 def selective_scan(u: Shape, dt: Shape, A: Shape, *_) -> Counter[str]:
-    """u (K, B, L, D) and A (K, D, N): linear in the tokens."""
+    """Scan of u (K, B, L, D) and A (K, D, N): linear in the tokens."""
     return Counter(scan=SCAN * prod(u) * A[-1])
 
 
 def causal_conv1d(x: Shape, weight: Shape, *_) -> Counter[str]:
-    """x (B, L, D) and weight (K, D, W)."""
+    """Convolution of x (B, L, D) and weight (K, D, W)."""
     return Counter(convolution=prod(x) * weight[0] * weight[2])
 
 
@@ -81,7 +87,7 @@ def mamba_inner(x: Shape, z: Shape | None, weights: Sequence[Shape], *_) -> Coun
 
 
 def add_rms_norm(x: Shape, residual: Shape | None, *_) -> Counter[str]:
-    """x (..., D): squares added up, scaled, weighted, and the addition before it."""
+    """Norm of x (..., D): squares added up, scaled, weighted, and the addition before it."""
     return Counter(norm=prod(x) * (3 if residual is None else 4))
 
 
@@ -139,7 +145,7 @@ HANDLES = {name: _handle(op) for name, op in OURS.items()} | {'aten::scaled_dot_
 
 
 def analyzer(model: nn.Module, *inputs: Tensor) -> FlopAnalyzer:
-    """mmengine's analyzer of model(*inputs) with these formulas.
+    """An analyzer of mmengine for model(*inputs) with these formulas.
 
     Args:
         model: in evaluation mode.
@@ -190,7 +196,7 @@ class Cost:
 
 
 class _Counting(TorchDispatchMode):
-    """Adds every operator's work to a cost, under the part of the model that is in hand."""
+    """Adds every operator's work to a cost, under the part of the model that is running."""
 
     def __init__(self, cost: Cost) -> None:
         super().__init__()
@@ -253,9 +259,9 @@ def count(build: Callable[[], nn.Module], shapes: Sequence[tuple[int, int]]) -> 
     try:
         model = hollow(build)
         return [_count(model, shape, fake=True) for shape in shapes]
-    except Exception:  # some models look at values, and some refuse the shape: a real pass tells
+    except Exception:  # some models look at values, and some refuse the shape: a real pass decides
         model = build()
-        print('counting by a pass with values, which takes its time', file=sys.stderr)
+        print('this model has to be run on real values, which takes longer', file=sys.stderr)
     for parameter in model.parameters():
         parameter.detach().zero_()
     return [_real(model, shape) for shape in shapes]
@@ -366,12 +372,9 @@ def _second_stage(model: nn.Module, image: Tensor) -> tuple[int, int]:
 
 def parser() -> argparse.ArgumentParser:
     """Arguments of tools/get_flops.py."""
-    from mmvim.cli import DEBUG, add_cfg_options
-
-    parser = argparse.ArgumentParser(
-        description='Parameters and floating-point operations of a detector, segmentor or classifier. Nothing is '
-        'computed and no weights are needed.',
-        epilog=f'Errors in the input are told in one line; set {DEBUG}=1 for the stack trace.',
+    parser = new_parser(
+        'Parameters and floating-point operations of a detector, segmentor or classifier. Nothing is '
+        'computed and no weights are needed.'
     )
     add = parser.add_argument
     add('config', help='config file, also one of mmvim such as vim/vim-ti_8xb128_in1k.py')
@@ -385,16 +388,13 @@ def parser() -> argparse.ArgumentParser:
     add('--sizes', type=int, nargs='+', metavar='SIDE', help='show also how the cost grows over these square images')
     add('--json', metavar='FILE', help='write everything to this file too')
     add_cfg_options(parser, 'settings that replace those of the config, such as model.backbone.arch=small')
-    parser.set_defaults(device=None, work_dir=os.devnull, launcher='none')
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
     """Carry out tools/get_flops.py."""
-    from mmvim.cli import load_config
-
     shape, sizes = _shape(args.shape), [_shape([size], '--sizes') for size in args.sizes or ()]
-    cfg = load_config(args)
+    cfg = read_config(args.config, args.cfg_options)
     _complete(cfg)
     build = builder(cfg)
     source = '--shape'
@@ -414,7 +414,7 @@ def main(args: argparse.Namespace) -> None:
             path.write_text(json.dumps(found, indent=1) + '\n')
         except OSError as error:
             raise ConfigError(f'--json {path}: {error.strerror}; name a file in a folder that exists') from error
-        print(f'\nall of it is in {path}')
+        print(f'\nfull results: {path}')
 
 
 def _shape(sides: Sequence[int] | None, name: str = '--shape') -> tuple[int, int] | None:
@@ -429,15 +429,13 @@ def _shape(sides: Sequence[int] | None, name: str = '--shape') -> tuple[int, int
 
 def _complete(cfg: Config) -> None:
     """Fill in what follows from the data; without the data the number of classes stays as it is."""
-    from mmvim.engine.complete import complete_config
-
     if 'model' not in cfg:
         raise ConfigError(f"config '{cfg.filename}' has no model")
     try:
         complete_config(cfg)
     except DataError as error:
         number = next(_class_counts(cfg.model), 1)
-        print(f'{error}\nthe classes are taken to be {number}\n')
+        print(f'{error}\nassuming {number} classes\n')
         cfg.classes = [str(i) for i in range(number)]
         complete_config(cfg)
 
@@ -452,11 +450,6 @@ def _class_counts(model: object) -> Iterator[int]:
 
 def builder(cfg: Config) -> Callable[[], nn.Module]:
     """What makes the config's model, without loading or drawing weights."""
-    from mmengine.model import revert_sync_batchnorm
-    from mmengine.registry import MODELS, init_default_scope
-
-    import mmvim.registry  # noqa: F401
-
     init_default_scope(cfg.get('default_scope') or 'mmengine')
     return lambda: revert_sync_batchnorm(MODELS.build(deepcopy(cfg.model)))
 
@@ -467,25 +460,21 @@ def default_shape(cfg: Config) -> tuple[tuple[int, int], str]:
     Raises:
         ConfigError: if none does.
     """
-    from mmvim.engine.complete import dataset_of
+    preprocessor, backbone = cfg.model.get('data_preprocessor') or {}, cfg.model.get('backbone') or {}
 
-    train, test = (dataset_of(cfg.get(f'{split}_dataloader')).get('pipeline') or [] for split in ('train', 'test'))
-    preprocessor = cfg.model.get('data_preprocessor') or {}
-    settings = [
-        (step.get('crop_size'), 'CenterCrop of the test pipeline') for step in test if kind_of(step) == 'CenterCrop'
-    ]
-    settings += [
-        (step.get('size'), 'padding of data_preprocessor') for step in preprocessor.get('batch_augments') or ()
-    ]
-    settings += [(preprocessor.get('size'), 'data_preprocessor.size')]
-    settings += [((cfg.model.get('backbone') or {}).get('img_size'), 'backbone.img_size')]
-    settings += [
-        (_turned(step.get('scale')), 'Resize of the test pipeline') for step in test if kind_of(step) == 'Resize'
-    ]
-    settings += [
-        (step.get('crop_size'), 'RandomCrop of the train pipeline') for step in train if kind_of(step) == 'RandomCrop'
-    ]
-    for value, source in settings:
+    def steps(split: str, kind: str, key: str) -> list[object]:
+        pipeline = dataset_of(cfg.get(f'{split}_dataloader')).get('pipeline') or []
+        return [step.get(key) for step in pipeline if kind_of(step) == kind]
+
+    settings = {
+        'CenterCrop of the test pipeline': steps('test', 'CenterCrop', 'crop_size'),
+        'padding of data_preprocessor': [step.get('size') for step in preprocessor.get('batch_augments') or ()],
+        'data_preprocessor.size': [preprocessor.get('size')],
+        'backbone.img_size': [backbone.get('img_size')],
+        'Resize of the test pipeline': [_turned(scale) for scale in steps('test', 'Resize', 'scale')],
+        'RandomCrop of the train pipeline': steps('train', 'RandomCrop', 'crop_size'),
+    }
+    for source, value in ((source, value) for source, values in settings.items() for value in values):
         if isinstance(value, int):
             return (value, value), source
         if isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(side, int) for side in value):
@@ -524,7 +513,7 @@ def describe(cost: Cost) -> str:
     ]
     if cost.rois:
         proposals, masks = cost.rois
-        text = f'The second stage is counted for the most that a test lets through: {proposals} proposals'
+        text = f'The second stage is counted for the largest number that a test allows: {proposals} proposals'
         lines.append(text + (f' and {masks} masks.' if masks else '.'))
     left = {name: cost.params[name] for name in TRAINING_ONLY if name in cost.params}
     lines += [f'{name} ({_millions(number)} M parameters) is for training only.' for name, number in left.items()]

@@ -3,24 +3,24 @@
 import argparse
 import os
 import re
-import time
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 from mmengine.config import Config
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-import mmvim
-from mmvim.analysis.weights import backbone_weights
 from mmvim.checkpoints.fitting import Conversion, LoadReport, abridge, compare
 from mmvim.checkpoints.identify import LONG_SEQUENCE, Identity, identify
 from mmvim.checkpoints.reading import WEIGHT_KEYS, find_state_dict, read_checkpoint
-from mmvim.cli import DEBUG, add_cfg_options, load_config
-from mmvim.engine.complete import complete_config
+from mmvim.config.completion import complete_config
+from mmvim.config.reading import config_folders, read_config
 from mmvim.errors import CheckpointError, ConfigError
+from mmvim.machine import clock
+from mmvim.tools.command_line import add_cfg_options, new_parser
+from mmvim.tools.weights import backbone_weights, image_size, model_of
 
 SUFFIXES = ('.pth', '.pt', '.tar', '.safetensors')
 # folder of configs, and the sizes of the backbone's arch_zoo as the names of configs have them
@@ -39,10 +39,10 @@ LONG = re.compile('stride8|long|patch8|s8')
 
 def parser() -> argparse.ArgumentParser:
     """Arguments of tools/verify_checkpoint.py."""
-    result = argparse.ArgumentParser(
-        description='Tell which model a checkpoint is of, which of its weights fit, which are dropped, interpolated or '
+    result = new_parser(
+        'Report which model a checkpoint belongs to, which of its weights fit, which are dropped, interpolated or '
         'missing, whether a forward pass works, and which configs are for it. No code from the file is run.',
-        epilog=f'Ends with status 1 if a file does not fit; set {DEBUG}=1 for the stack trace of an error.',
+        'Ends with status 1 if a file does not fit',
     )
     result.add_argument('file', help=f'checkpoint, or a folder: all its files that end in {", ".join(SUFFIXES)}')
     result.add_argument('--config', help='fit the weights to the model of this config, not to one made for them')
@@ -50,11 +50,10 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument('--no-forward', action='store_true', help='leave the forward pass out')
     add_cfg_options(result, 'settings that replace those of the config that --config names')
     result.add_argument('--device', choices=['cpu', 'cuda'], default='cpu', help='where the forward pass runs')
-    result.set_defaults(launcher='none', work_dir=None, local_rank=0)
     return result
 
 
-def verify(args: argparse.Namespace) -> None:
+def main(args: argparse.Namespace) -> None:
     """Carry out tools/verify_checkpoint.py.
 
     Raises:
@@ -85,7 +84,7 @@ def _verify_file(path: str | os.PathLike, args: argparse.Namespace) -> None:
     """Print the report on one file.
 
     Raises:
-        CheckpointError: if it cannot be read or does not fit; what is known by then has been printed.
+        CheckpointError: if it cannot be read or does not fit; what is known until then has been printed.
     """
     print(f'{path}')
     checkpoint = read_checkpoint(path)
@@ -96,7 +95,7 @@ def _verify_file(path: str | os.PathLike, args: argparse.Namespace) -> None:
     if identity is None and not args.config:
         raise CheckpointError(
             f"'{path}' is of another model: its {len(state_dict)} weights ({abridge(state_dict)}) are none of Vim, "
-            'MambaVision, HierVim and DeiT. If a config here is for it, name it with --config'
+            'MambaVision, HierVim and DeiT. If one of the configs is for it, name it with --config'
         )
     if identity is not None:
         size = f' {identity.size}' if identity.size else ', a size of its own'
@@ -104,11 +103,11 @@ def _verify_file(path: str | os.PathLike, args: argparse.Namespace) -> None:
         for note in identity.notes:
             print(f'  assumed: {note}')
     if args.config:
-        cfg = load_config(args)
+        cfg = read_config(args.config, args.cfg_options)
         complete_config(cfg)
         model = build_model(cfg)
         print(f'  fitted to {type(model.backbone).__name__} of {args.config}')
-        backbone, size = model.backbone, image_size(model.backbone)
+        backbone, size = model.backbone, image_size(model.backbone) or (224, 224)
         rest = compare(_parts(state_dict, others), _others(model)) if others else None
     else:
         backbone, size = MODELS.build(identity.backbone), identity.image_size
@@ -120,7 +119,7 @@ def _verify_file(path: str | os.PathLike, args: argparse.Namespace) -> None:
         print_report(rest, args.names, '    ')
     elif others:
         parts = sorted({name.partition('.')[0] for name in others})
-        print(f'  other parts, not looked at without --config: {len(others)} weights of {", ".join(parts)}')
+        print(f'  other parts, not checked without --config: {len(others)} weights of {", ".join(parts)}')
     problems = [r for r in (report, rest) if r is not None and not r.fits]
     if problems:
         raise CheckpointError(f"'{path}' does not fit {type(backbone).__name__}: {'; '.join(map(str, problems))}")
@@ -135,13 +134,13 @@ def _identify(path: str | os.PathLike, weights: Mapping[str, Tensor], args: argp
     try:
         return identify(weights)
     except CheckpointError as error:
-        if args.config:  # the config knows what the file does not tell
+        if args.config:  # the config knows what the file does not say
             return None
         raise CheckpointError(f"'{path}': {error}") from None
 
 
 def describe_entries(checkpoint: object) -> str:
-    """What a file holds beside weights, in words."""
+    """What a file holds beside weights, as text."""
     if not isinstance(checkpoint, Mapping):
         return 'holds weights'
     entries = [str(name) for name, value in checkpoint.items() if not isinstance(value, Tensor)]
@@ -167,13 +166,11 @@ def build_model(cfg: Config) -> nn.Module:
     Raises:
         ConfigError: if it has no backbone.
     """
-    if not isinstance(cfg.get('model'), dict) or 'backbone' not in cfg.model:
-        raise ConfigError('the config has no model.backbone: give one of a detector, segmentor or classifier')
-    init_default_scope(cfg.get('default_scope') or 'mmengine')
-    if 'data_preprocessor' not in cfg.model and cfg.get('data_preprocessor'):
-        cfg.model.data_preprocessor = cfg.data_preprocessor  # as a runner does
-    cfg.model.backbone.pop('init_cfg', None)
-    return MODELS.build(cfg.model)
+    model = model_of(cfg)
+    if 'data_preprocessor' not in model and cfg.get('data_preprocessor'):
+        model.data_preprocessor = cfg.data_preprocessor  # as a runner does
+    model.backbone.pop('init_cfg', None)
+    return MODELS.build(model)
 
 
 def _others(model: nn.Module) -> dict[str, Tensor]:
@@ -185,7 +182,7 @@ def _parts(state_dict: Mapping[str, Tensor], names: Iterable[str]) -> Conversion
 
 
 def load(backbone: nn.Module, weights: Mapping[str, Tensor]) -> LoadReport:
-    """Load weights into a backbone as far as they fit, and tell how they do.
+    """Load weights into a backbone as far as they fit, and report how they do.
 
     Raises:
         CheckpointError: if a weight has another shape, with the remedy; or if the position table fits no grid.
@@ -216,14 +213,6 @@ def print_report(report: LoadReport, all_names: bool, indent: str = '  ') -> Non
         print(f'{indent}setting: {setting}')
 
 
-def image_size(backbone: nn.Module) -> tuple[int, int]:
-    """Height and width for which a backbone stores positions, pixels; 224x224 if it stores none."""
-    if not hasattr(backbone, 'grid'):
-        return 224, 224
-    embed = backbone.patch_embed
-    return tuple((n - 1) * embed.patch_stride + embed.patch_size for n in backbone.grid)
-
-
 def classifier_weights(state_dict: Mapping[str, Tensor], backbone: nn.Module) -> tuple[Tensor, Tensor | None] | None:
     """Weight (classes, D) and bias of a classifier head that fits the backbone's output, if the file has one."""
     for name in ('head.fc', 'head.layers.head', 'head', 'model.head'):
@@ -234,7 +223,7 @@ def classifier_weights(state_dict: Mapping[str, Tensor], backbone: nn.Module) ->
 
 
 def forward(backbone: nn.Module, size: tuple[int, int], head: tuple[Tensor, Tensor | None] | None = None) -> str:
-    """Run noise through a backbone, and a classifier's head behind it if it gives vectors; the outcome in words.
+    """Run noise through a backbone, and a classifier's head behind it if it gives vectors; the outcome as text.
 
     Raises:
         CheckpointError: if a result is not finite, or is the same everywhere.
@@ -243,20 +232,22 @@ def forward(backbone: nn.Module, size: tuple[int, int], head: tuple[Tensor, Tens
     first = next(backbone.parameters())
     channels = next(m.in_channels for m in backbone.modules() if isinstance(m, nn.Conv2d))
     image = torch.randn(1, channels, *size, generator=torch.Generator().manual_seed(0)).to(first.device)
-    start = time.perf_counter()
+    start = clock(first.device)
     with torch.no_grad():
         outputs = [out[0] if isinstance(out, list | tuple) else out for out in backbone(image)]
         if head is not None and outputs[-1].ndim == 2:
             weight, bias = (None if t is None else t.to(first) for t in head)
             outputs.append(nn.functional.linear(outputs[-1], weight, bias))
-    seconds = time.perf_counter() - start
+    seconds = clock(first.device) - start
     shapes = ', '.join('x'.join(map(str, out.shape)) for out in outputs)
     words = f'{size[0]}x{size[1]} pixels of noise -> {shapes} in {seconds:.1f} s'
     for output in outputs:
         if not output.isfinite().all():
-            raise CheckpointError(f'the forward pass gives numbers that are not finite ({words}): the file is no good')
+            raise CheckpointError(
+                f'the forward pass gives numbers that are not finite ({words}): the weights cannot be used'
+            )
         if output.numel() > 1 and not output.std() > 0:
-            raise CheckpointError(f'the forward pass gives the same everywhere ({words}): the file is no good')
+            raise CheckpointError(f'the forward pass gives one value everywhere ({words}): the weights cannot be used')
     spread = ', '.join(f'{out.mean():.3g} +- {out.std():.3g}' for out in outputs)
     classes = f'; the last are the logits of {len(head[0])} classes' if head is not None and len(outputs) > 1 else ''
     return f'{words}, finite, {spread}{classes}'
@@ -267,16 +258,12 @@ def configs_for(identity: Identity) -> dict[str, list[str]]:
     folder, sizes = CONFIGS[identity.family]
     if identity.size not in sizes:
         return {}
-    root = next(
-        (
-            root
-            for root in (Path(mmvim.__file__).parent / '.mim' / 'configs', Path(mmvim.__file__).parents[1] / 'configs')
-            if root.is_dir()
-        ),
-        Path('configs'),
-    )
     name = re.compile(rf'(?<![a-z0-9]){folder.replace("_", "-")}[-_]{sizes[identity.size]}(?![a-z0-9])')
-    found = sorted(path for path in (root / folder).glob('*.py') if name.search(path.name))
+    found = sorted(
+        path
+        for path in (config_folders()[0] / folder).glob('*.py')
+        if name.search(path.name) and 'the former name' not in path.read_text()
+    )
     result = {}
     for task, mark in TASKS.items():
         names = [f'configs/{folder}/{path.name}' for path in found if mark in path.name]
@@ -294,6 +281,6 @@ def print_configs(identity: Identity) -> None:
     """Print the configs that take the weights."""
     found = configs_for(identity)
     if not found:
-        print(f'  configs: none here is of this size; write arch={identity.backbone["arch"]!r} into one of your own')
+        print(f'  configs: none has this size; write arch={identity.backbone["arch"]!r} into one of your own')
     for task, names in found.items():
         print(f'  config for {task}: {names[0]}' + (f' (also {", ".join(names[1:])})' if names[1:] else ''))

@@ -5,29 +5,30 @@ import os
 from pathlib import Path
 
 import cv2
+import mmcv
 import numpy as np
 import torch
 from mmengine.config import Config
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from mmvim.analysis.pictures import CHANNELS, draw_features, draw_receptive_field, draw_scan
-from mmvim.analysis.tracing import Block, receptive_field, trace
-from mmvim.analysis.weights import backbone_weights
 from mmvim.checkpoints.reading import load_from_local
-from mmvim.cli import DEBUG, add_cfg_options, find_checkpoint, load_config
-from mmvim.engine.complete import complete_config
+from mmvim.config.completion import complete_config
+from mmvim.config.reading import read_config
 from mmvim.errors import ConfigError, DataError
+from mmvim.tools.command_line import add_cfg_options, find_checkpoint, new_parser
+from mmvim.tools.pictures import CHANNELS, draw_features, draw_receptive_field, draw_scan
+from mmvim.tools.tracing import Block, receptive_field, trace
+from mmvim.tools.weights import backbone_weights, image_size, model_of
 
 PICTURES = ('features', 'receptive-field', 'scan')
 
 
 def parser() -> argparse.ArgumentParser:
     """Arguments of tools/visualize_features.py."""
-    result = argparse.ArgumentParser(
-        description='Draw what a backbone does with an image: feature maps, the effective receptive field of one '
+    result = new_parser(
+        'Draw what a backbone does with an image: feature maps, the effective receptive field of one '
         'position, and the order of the scan with the decay of its state in both directions.',
-        epilog=f'Errors in the input are told in one line; set {DEBUG}=1 for the stack trace.',
     )
     result.add_argument('image', help='image file')
     result.add_argument('config', help='config file, also one of mmvim')
@@ -55,11 +56,10 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument('--out-dir', default='pictures', help='folder of the pictures')
     add_cfg_options(result, 'settings that replace those of the config')
     result.add_argument('--device', choices=['cpu', 'cuda'], help='where to run; a GPU if there is one by default')
-    result.set_defaults(launcher='none', work_dir=None, local_rank=0)
     return result
 
 
-def visualize(args: argparse.Namespace) -> None:
+def main(args: argparse.Namespace) -> None:
     """Carry out tools/visualize_features.py.
 
     Raises:
@@ -67,7 +67,7 @@ def visualize(args: argparse.Namespace) -> None:
         DataError: if the image cannot be read.
         CheckpointError: if the checkpoint cannot be read or does not fit.
     """
-    cfg = load_config(args)
+    cfg = read_config(args.config, args.cfg_options)
     complete_config(cfg)
     if not all(0 <= value <= 1 for value in args.position):
         raise ConfigError(f'--position {" ".join(map(str, args.position))}: both numbers must be within 0 and 1')
@@ -76,9 +76,10 @@ def visualize(args: argparse.Namespace) -> None:
     device = torch.device(args.device or ('cuda' if torch.cuda.is_available() else 'cpu'))
     picture = read_image(args.image)
     backbone = build_backbone(cfg, args.checkpoint).to(device)
-    size = args.size or _trained_size(backbone)
-    if size:
-        picture = _resize(picture, size)
+    shorter = args.size or min(image_size(backbone) or (0,))
+    if shorter:
+        factor = shorter / min(picture.shape[:2])
+        picture = mmcv.imrescale(picture, factor, interpolation='area' if factor < 1 else 'bilinear')
     image = normalize(picture, cfg).to(device).requires_grad_()
     blocks = trace(backbone, image)
     folder = Path(args.out_dir)
@@ -92,8 +93,8 @@ def _draw(
     args: argparse.Namespace, folder: Path, picture: np.ndarray, image: Tensor, blocks: list[Block], index: int
 ) -> list[Path]:
     block = blocks[index]
-    h, w = block.places.shape
-    place = min(int(args.position[0] * h), h - 1), min(int(args.position[1] * w), w - 1)
+    h, w = block.token_index.shape
+    position = min(int(args.position[0] * h), h - 1), min(int(args.position[1] * w), w - 1)
     stem = f'{Path(args.image).stem}_block{index:02d}'
     written = []
     if 'features' in args.only:
@@ -104,11 +105,11 @@ def _draw(
             raise ConfigError(f'--channels: {error}') from None
     if 'receptive-field' in args.only:
         written.append(folder / f'{stem}_receptive-field.png')
-        field = receptive_field(block, image, *place).cpu()
-        draw_receptive_field(written[-1], picture, block, field, place)
+        field = receptive_field(block, image, *position).cpu()
+        draw_receptive_field(written[-1], picture, block, field, position)
     if 'scan' in args.only and block.mixer is not None:
         written.append(folder / f'{stem}_scan.png')
-        draw_scan(written[-1], picture, block, place)
+        draw_scan(written[-1], picture, block, position)
     elif 'scan' in args.only:
         scans = ', '.join(str(i) for i, other in enumerate(blocks) if other.mixer is not None) or 'none'
         message = f'{index} ({block.name}) has no scan; blocks with one: {scans}'
@@ -143,10 +144,7 @@ def build_backbone(cfg: Config, checkpoint: str) -> nn.Module:
         ConfigError: if the config has no backbone, or there is no checkpoint.
         CheckpointError: if the file cannot be read or does not fit.
     """
-    if not isinstance(cfg.get('model'), dict) or 'backbone' not in cfg.model:
-        raise ConfigError('the config has no model.backbone: give one of a detector, segmentor or classifier')
-    init_default_scope(cfg.get('default_scope') or 'mmengine')
-    settings = cfg.model.backbone
+    settings = model_of(cfg).backbone
     if checkpoint != 'none':
         checkpoint = find_checkpoint(checkpoint)
         settings.pop('init_cfg', None)
@@ -182,17 +180,3 @@ def normalize(picture: np.ndarray, cfg: Config) -> Tensor:
     mean, std = (np.float32(settings.get(key) or default) for key, default in (('mean', 0), ('std', 1)))
     pixels = (pixels.astype(np.float32) - mean) / std
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))[None])
-
-
-def _trained_size(backbone: nn.Module) -> int | None:
-    """Shorter side for which a backbone stores positions, pixels."""
-    if not hasattr(backbone, 'grid'):
-        return None
-    embed = backbone.patch_embed
-    return (min(backbone.grid) - 1) * embed.patch_stride + embed.patch_size
-
-
-def _resize(picture: np.ndarray, shorter: int) -> np.ndarray:
-    factor = shorter / min(picture.shape[:2])
-    height, width = (max(round(side * factor), 1) for side in picture.shape[:2])
-    return cv2.resize(picture, (width, height), interpolation=cv2.INTER_AREA if factor < 1 else cv2.INTER_LINEAR)

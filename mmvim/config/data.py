@@ -1,4 +1,4 @@
-"""Why a data set has no images, in words."""
+"""Data sets in a config: the innermost one of a loader, and why one is missing or has no images."""
 
 import inspect
 import os
@@ -6,8 +6,35 @@ from collections import Counter
 from collections.abc import Iterator
 
 from mmvim.compat.types import dataset_class, kind_of
+from mmvim.errors import DataError
 
 NUMPY_MESSAGE = 'need at least one array to concatenate'  # all that mmengine's BaseDataset says of an empty one
+
+
+def dataset_of(loader: dict | None) -> dict:
+    """Config of the innermost data set of a loader; empty if there is none."""
+    dataset = (loader or {}).get('dataset') or {}
+    while isinstance(dataset.get('dataset'), dict):
+        dataset = dataset['dataset']
+    return dataset
+
+
+def check_data_root(dataset: dict) -> None:
+    """Refuse a data set whose folder is missing, unless it makes or downloads it itself.
+
+    Raises:
+        DataError: naming the folder.
+    """
+    root = dataset.get('data_root')
+    if not root or '://' in str(root) or os.path.isdir(root):
+        return
+    known = dataset_class(dataset)
+    ours = any(base.__module__.startswith('mmvim.') for base in getattr(known, '__mro__', ()))  # generate or check it
+    if not ours and (known is None or 'download' not in inspect.signature(known).parameters):
+        raise DataError(
+            f"data folder '{root}' of {kind_of(dataset)} does not exist: put the data there, or name another folder "
+            'with --cfg-options train_dataloader.dataset.data_root=... (likewise val_dataloader and test_dataloader)'
+        )
 
 
 def explain_empty(dataset: dict) -> str:

@@ -1,7 +1,6 @@
 """What the files of a config say, which the values that come out of them do not show."""
 
 import ast
-import inspect
 import os
 import re
 from collections.abc import Iterable
@@ -13,16 +12,9 @@ from typing import NamedTuple
 
 import yaml
 from mmengine.config import Config
-from mmengine.runner import Runner
 
 from mmvim.compat.lookup import HOSTS
-from mmvim.engine.complete import COMPLETED_KEYS, complete_config, completed_keys
-from mmvim.errors import ConfigError, InputError
 
-RUNNER_KEYS = (set(inspect.signature(Runner.__init__).parameters) - {'self', 'cfg'}) | {
-    'activation_checkpointing', 'compile', 'custom_imports', 'efficient_conv_bn_eval', 'find_unused_parameters',
-    'model_wrapper_cfg', 'runner_type', 'strategy', 'sync_bn', 'tta_model', 'tta_pipeline',
-}  # fmt: skip
 PLACEHOLDER = re.compile(r'\{\{.*?\}\}')  # mmengine's, such as {{_base_.data_root}}
 BASE_READ = re.compile(r'\b_base_(?:\.|\[[\'"])(\w+)')
 DATA_FORMATS = ('.yml', '.yaml', '.json')
@@ -31,12 +23,6 @@ OWN_SCOPES = (
     ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp,
 )  # fmt: skip
 SPLIT_KEYS = ('dataloader', 'evaluator')
-ABSENT = object()  # None is a value that a key may have
-
-
-def runner_keys(cfg: Config) -> set[str]:
-    """Top-level keys that mmengine's Runner or a tool reads; a data preprocessor only if the model has none itself."""
-    return RUNNER_KEYS - ({'data_preprocessor'} if (cfg.get('model') or {}).get('data_preprocessor') else set())
 
 
 class ConfigFile(NamedTuple):
@@ -165,36 +151,8 @@ def _is_hosts(path: str, inherited: Iterable[ConfigFile]) -> bool:
     return _package(path) in HOSTS and all(_package(file.path) != 'mmvim' for file in inherited)
 
 
-def unread(files: list[ConfigFile], read_keys: Iterable[str]) -> list[tuple[str, ConfigFile]]:
-    """Top-level keys of files with bases that nothing reads, and the file of each, the last file first.
-
-    A key is read by the runner or by :func:`mmvim.engine.complete.complete_config`, by its own file below it, or by a
-    file that inherits it. What a base made of its own key is fixed by the time that a child sets the key anew. In a
-    file without bases nothing is said to be unread: a config that training saved is one, with all that it was made of.
-
-    Args:
-        files: the files of a config, bases first.
-        read_keys: keys that runner or completion read.
-    """
-    found = []
-    for i in reversed(range(len(files))):
-        file = files[i]
-        if file.is_hosts or not file.is_child:
-            continue
-        known = {*read_keys, *file.read, *(key for later in files[i + 1 :] for key in later.base_read)}
-        found += [(key, file) for key in file.assigned if key not in known]
-    return found
-
-
-def _value(paths: Iterable[str], key: str) -> object:
-    """What a key is in the first file that has it; ``ABSENT`` if there is none."""
-    values = (Config.fromfile(path, import_custom_modules=False).get(key, ABSENT) for path in paths)
-    return next((value for value in values if value is not ABSENT), ABSENT)
-
-
 def follow_validation(cfg: Config, files: list[ConfigFile]) -> None:
-    """Let test data loader and evaluator be those of the validation, where files first make them so and then change
-    the validation's alone.
+    """Copy validation to test where files first make both the same and then change the validation only.
 
     ``test_evaluator = val_evaluator`` in a base copies what is there. A child that sets ``val_evaluator`` to another
     metric means the test too, unless it sets ``test_evaluator`` or turns validation off by None. Hosts' own configs
@@ -212,59 +170,3 @@ def follow_validation(cfg: Config, files: list[ConfigFile]) -> None:
         if due and cfg.get(val) is not None:
             if cfg[test] == Config.fromfile(files[-1].path, import_custom_modules=False)[test]:
                 cfg[test] = deepcopy(cfg[val])
-
-
-def _completed_by(path: str) -> set[str]:
-    """Keys that completion reads of a file alone: a child or an option may have set what they would have filled."""
-    cfg = Config.fromfile(path, import_custom_modules=False)
-    try:
-        return completed_keys(cfg, complete_config(deepcopy(cfg)))
-    except InputError:
-        return COMPLETED_KEYS
-
-
-def check_read(cfg: Config, files: list[ConfigFile], read_keys: Iterable[str]) -> None:
-    """Refuse a file whose top-level key nothing reads, unless it only says again what it inherits.
-
-    Raises:
-        ConfigError: naming file, key, and what to set instead.
-    """
-    for key, file in unread(files, read_keys):
-        inherited = _value(file.bases, key)
-        if _lists(inherited) == _lists(_value([file.path], key)) or key in _completed_by(file.path):
-            continue
-        places = places_of(cfg, key, inherited)
-        hint = f'set {" and ".join(places[:4])} instead' if places else 'delete it'
-        raise ConfigError(
-            f"config '{file.path}', line {file.assigned[key]}: nothing in this config takes its value from '{key}'; "
-            f"{hint}, or begin its name with '_' if code of your own reads it"
-        )
-
-
-def _lists(value: object) -> object:
-    """A value with lists for its tuples, which YAML and JSON do not have."""
-    if isinstance(value, dict):
-        return {key: _lists(child) for key, child in value.items()}
-    return [_lists(child) for child in value] if isinstance(value, list | tuple) else value
-
-
-def places_of(cfg: Config, key: str, value: object) -> list[str]:
-    """Dotted keys below the top level that hold what a top-level key was, or have its name."""
-    return list(dict.fromkeys([*([] if value is None else _holding(cfg, value)), *_named(cfg, key)]))
-
-
-def _holding(node: object, value: object, path: str = '') -> list[str]:
-    if path.count('.') and (node == value or (isinstance(value, str) and value and str(node).startswith(value))):
-        return [path]
-    return [place for key, child in _items(node) for place in _holding(child, value, f'{path}.{key}'.lstrip('.'))]
-
-
-def _named(node: object, name: str, path: str = '') -> list[str]:
-    here = [path] if path.count('.') and path.rpartition('.')[2] == name else []
-    return here + [place for key, child in _items(node) for place in _named(child, name, f'{path}.{key}'.lstrip('.'))]
-
-
-def _items(node: object) -> Iterable[tuple]:
-    if isinstance(node, dict | Config):
-        return node.items()
-    return enumerate(node) if isinstance(node, list | tuple) else ()

@@ -1,4 +1,4 @@
-"""Pictures of what `mmvim.analysis.tracing` finds, as PNG files."""
+"""Pictures of what `mmvim.tools.tracing` finds, as PNG files."""
 
 import warnings
 from pathlib import Path
@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from mmvim.analysis.tracing import Block, scan_directions
+from mmvim.tools.tracing import Block, scan_directions
 
 # C channels, h x w map, H x W image
 
@@ -78,7 +78,9 @@ def draw_features(path: Path, picture: np.ndarray, block: Block, channels: str) 
     _save(figure, path, picture, f'features behind {block.name}, {h}x{w} positions')
 
 
-def draw_receptive_field(path: Path, picture: np.ndarray, block: Block, field: Tensor, place: tuple[int, int]) -> None:
+def draw_receptive_field(
+    path: Path, picture: np.ndarray, block: Block, field: Tensor, position: tuple[int, int]
+) -> None:
     """The effective receptive field of a position: the gradient by size, and the smallest area that holds most of it.
 
     Args:
@@ -86,7 +88,7 @@ def draw_receptive_field(path: Path, picture: np.ndarray, block: Block, field: T
         picture: the image (H, W, 3), RGB, 8 bits.
         block: the block.
         field: the gradient's size at every pixel (H, W).
-        place: row and column of the position in the block's map.
+        position: row and column in the block's map.
     """
     values = field.float().numpy()
     order = np.sort(values, axis=None)[::-1]
@@ -105,14 +107,14 @@ def draw_receptive_field(path: Path, picture: np.ndarray, block: Block, field: T
         mask = np.zeros((*values.shape, 4))
         mask[values >= order[min(held, values.size) - 1]] = (*matplotlib.colors.to_rgb(colour), 0.6)
         axes[0, 2].imshow(mask)
-    x, y = _centre(place, block)
+    x, y = _centre(position, block)
     for axis in axes[0]:
         axis.plot(x, y, marker='+', markersize=12, markeredgewidth=2, color='cyan')
     _title(axes, [['image and position', 'gradient to the pixels', '; '.join(shares)]])
-    _save(figure, path, picture, f'effective receptive field of position {place} of {block.name}')
+    _save(figure, path, picture, f'effective receptive field of position {position} of {block.name}')
 
 
-def draw_scan(path: Path, picture: np.ndarray, block: Block, place: tuple[int, int]) -> None:
+def draw_scan(path: Path, picture: np.ndarray, block: Block, position: tuple[int, int]) -> None:
     """Order of the scan and decay of its state, one row a direction.
 
     Columns: the index of each token in its scan, with the way of the first tokens; the share of the state that
@@ -122,33 +124,33 @@ def draw_scan(path: Path, picture: np.ndarray, block: Block, place: tuple[int, i
         path: where the PNG file goes.
         picture: the image (H, W, 3), RGB, 8 bits.
         block: a block with a scan.
-        place: row and column of the position in the block's map.
+        position: row and column in the block's map.
     """
     directions = scan_directions(block)
     length = block.tokens.shape[1]
-    scan, token = divmod(int(block.places[place]), length)
+    scan, token = divmod(int(block.token_index[position]), length)
     figure, axes = _panels(len(directions), 3, picture)
     extent = _extent(block)
     titles = []
     for row, direction in zip(axes, directions, strict=True):
-        index = (block.places % length).numpy()
+        index = (block.token_index % length).numpy()
         if direction.backward:
             index = length - 1 - index
         shown = row[0].imshow(index, extent=extent, cmap='cividis')
         figure.colorbar(shown, ax=row[0], fraction=0.046)
         _draw_way(row[0], block, direction.backward)
-        kept = _at_places(direction.kept(), block)
+        kept = _on_map(direction.kept(), block)
         shown = row[1].imshow(kept, extent=extent, cmap='viridis')
         figure.colorbar(shown, ax=row[1], fraction=0.046)
         left = direction.kept().new_full(block.tokens.shape[:2], torch.nan)
         left[scan] = direction.reach(scan, token).to(left)
         with warnings.catch_warnings():
             warnings.simplefilter('ignore', RuntimeWarning)
-            values = np.log10(np.maximum(_at_places(left, block), 1e-6))
+            values = np.log10(np.maximum(_on_map(left, block), 1e-6))
         row[2].imshow(picture, alpha=0.35)
         shown = row[2].imshow(values, extent=extent, cmap='magma', vmin=min(-1.0, np.nanmin(values)), vmax=0)
         figure.colorbar(shown, ax=row[2], fraction=0.046)
-        row[2].plot(*_centre(place, block), '+', ms=12, mew=2, color='cyan')
+        row[2].plot(*_centre(position, block), '+', ms=12, mew=2, color='cyan')
         titles.append(
             [
                 f'{direction.name}: order in the scan',
@@ -163,8 +165,8 @@ def draw_scan(path: Path, picture: np.ndarray, block: Block, place: tuple[int, i
 
 def _draw_way(axis: Axes, block: Block, backward: bool) -> None:
     """The way of the scan as a line through the token centres, with an arrow at the end of the first rows."""
-    height, width = block.places.shape
-    order = torch.argsort(block.places.flatten(), descending=backward).tolist()
+    height, width = block.token_index.shape
+    order = torch.argsort(block.token_index.flatten(), descending=backward).tolist()
     centres = np.array([_centre(divmod(i, width), block) for i in order])
     axis.plot(*centres.T, color='white', linewidth=0.6, alpha=0.7)
     axis.plot(*centres[0], 'o', color='tab:green', markersize=7)
@@ -175,19 +177,19 @@ def _draw_way(axis: Axes, block: Block, backward: bool) -> None:
         )
 
 
-def _at_places(values: Tensor, block: Block) -> np.ndarray:
+def _on_map(values: Tensor, block: Block) -> np.ndarray:
     """Values of tokens (S, L) -> the map (h, w)."""
-    return values.flatten()[block.places.to(values.device)].float().cpu().numpy()
+    return values.flatten()[block.token_index.to(values.device)].float().cpu().numpy()
 
 
-def _centre(place: tuple[int, int], block: Block) -> tuple[float, float]:
+def _centre(position: tuple[int, int], block: Block) -> tuple[float, float]:
     """Middle of a position of the map, as x and y in pixels."""
-    return tuple(block.offset + (i + 0.5) * block.stride for i in reversed(place))
+    return tuple(block.offset + (i + 0.5) * block.stride for i in reversed(position))
 
 
 def _extent(block: Block) -> tuple[float, float, float, float]:
     """Left, right, bottom and top of the map, pixels."""
-    (left, top), (right, bottom) = _centre((0, 0), block), _centre([n - 1 for n in block.places.shape], block)
+    (left, top), (right, bottom) = _centre((0, 0), block), _centre([n - 1 for n in block.token_index.shape], block)
     half = block.stride / 2
     return left - half, right + half, bottom + half, top - half
 

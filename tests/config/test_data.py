@@ -5,6 +5,8 @@ import json
 import pytest
 from mmengine.registry import init_default_scope
 
+from mmvim.config.data import check_data_root
+from mmvim.datasets.shapes_segmentation import ShapesSegDataset
 from mmvim.engine.runner import Runner
 from mmvim.errors import DataError
 
@@ -73,3 +75,13 @@ def test_other_errors_stay_as_they_are(folder):
     with pytest.raises(ValueError, match='is not a') as raised:
         build(dict(of(folder), type='CityscapesDataset'))
     assert not isinstance(raised.value, DataError)
+
+
+def test_a_data_set_derived_from_ours_sees_to_its_folder_itself(folder):
+    class Mine(ShapesSegDataset):
+        """Generates its folder as its base does."""
+
+    gone = str(folder / 'gone')
+    check_data_root(dict(type=Mine, data_root=gone))
+    with pytest.raises(DataError, match=f"data folder '{gone}' of BaseSegDataset does not exist"):
+        check_data_root(dict(type='BaseSegDataset', data_root=gone))

@@ -1,1 +1,0 @@
-"""Looking into trained models: pictures of what a backbone computes, and reports on checkpoint files."""

@@ -1,0 +1,1 @@
+"""Reading and checking config files, and filling in what follows from the data."""

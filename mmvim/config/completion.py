@@ -1,0 +1,238 @@
+"""What a config leaves open because it follows from the data: paths, classes and sizes for data of one's own."""
+
+import os
+from collections.abc import Callable, Iterable
+from functools import cached_property
+from itertools import chain
+
+from mmengine.config import Config, ConfigDict
+
+from mmvim.compat.types import kind_of
+from mmvim.config.class_counts import set_num_classes
+from mmvim.config.data import dataset_of
+from mmvim.config.files import config_files
+from mmvim.datasets.annotations import read_class_names
+from mmvim.errors import ConfigError
+
+SPLITS = ('train', 'val', 'test')
+LONGEST = (1333, 800)  # longest and shortest side of MMDetection's usual frame
+LONGEST_SEG = (4, 1)  # of MMSegmentation's
+COMPLETED_KEYS = {
+    'data_root', 'train_ann', 'val_ann', 'test_ann', 'train_img', 'val_img', 'test_img', 'skip_bad_images', 'classes',
+    'num_classes', 'image_size', 'max_iters', 'ignore_index', 'reduce_zero_label', 'img_suffix', 'seg_map_suffix',
+    'crop_size',
+}  # fmt: skip
+SIZED = dict(RandomResize='scale', Resize='scale', RandomCrop='crop_size')  # transforms, and their setting
+
+
+def complete_config(cfg: ConfigDict) -> set[str]:
+    """Fill in what a config leaves open from its top-level keys, so that each is stated in one place.
+
+    - ``data_root`` goes to the data sets;
+    - ``train_ann``, ``val_ann``, ``test_ann``, ``train_img``, ``val_img`` and ``test_img`` go to
+      :class:`mmvim.CocoFolderDataset` and to MMSegmentation's BaseSegDataset as annotation file or folder of label maps
+      and as image folder; the test split is the validation split unless it is named. ``skip_bad_images`` goes to the
+      first, ``img_suffix``, ``seg_map_suffix`` and ``reduce_zero_label`` go to the second;
+    - ``classes``, or the names in the training annotations of a COCO folder, go to these data sets, and their number to
+      ``num_classes`` of every head;
+    - ``ignore_index`` goes to everything that reads label maps: data sets, random crops, padding, heads and metric;
+    - ``image_size`` goes to the transforms that resize and crop, and to the backbone's positions; for label maps crops
+      and positions are of ``crop_size`` if it is given;
+    - ``max_iters`` goes to the training loop, and is the end of the learning rate's schedule.
+
+    A setting that has a value where it is used keeps it. Only the sizes and the padding value of the model change with
+    these keys, if they are what one of the config's files makes of its own.
+
+    Args:
+        cfg: the config, changed in place.
+
+    Returns:
+        The top-level keys that were read: those that filled something in, and those whose None leaves it open.
+
+    Raises:
+        ConfigError: if ``num_classes`` is given and is not the number of classes, or label maps have no class names.
+        DataError: if the annotation file cannot be read.
+    """
+    completion = _Completion(cfg)
+    completion.fill_paths()
+    completion.fill_classes()
+    completion.fill_ignore_index()
+    completion.fill_sizes()
+    completion.fill_max_iters()
+    return completion.used | {key for key in COMPLETED_KEYS if cfg.get(key) is None}
+
+
+class _Completion:
+    """One pass over a config.
+
+    Parts go by the name of their type, as a host would have to be imported for its classes. Derived classes, such as
+    MMSegmentation's ADE20KDataset, state themselves what these leave open.
+    """
+
+    def __init__(self, cfg: ConfigDict) -> None:
+        self.cfg, self.used = cfg, set()
+        loaders = {split: cfg.get(f'{split}_dataloader') for split in SPLITS}
+        self.datasets = {split: dataset_of(loader) for split, loader in loaders.items() if loader}
+        self.folders = self._of_kind('CocoFolderDataset')
+        self.label_maps = self._of_kind('BaseSegDataset')
+
+    def _of_kind(self, kind: str) -> list[dict]:
+        return [dataset for dataset in self.datasets.values() if kind_of(dataset) == kind]
+
+    @cached_property
+    def _steps(self) -> list[dict]:
+        """All transforms, also those of the top-level keys, which MMSegmentation's inference_model reads."""
+        pipelines = [dataset.get('pipeline') for dataset in self.datasets.values()]
+        pipelines += [self.cfg.get(key) for key in ('train_pipeline', 'test_pipeline')]
+        return [step for pipeline in pipelines for step in pipeline or []]
+
+    @cached_property
+    def _stages(self) -> list[Config]:
+        """The config as each of its files leaves it that names sizes or the value to ignore; none if it has no base."""
+        files = config_files(getattr(self.cfg, 'filename', None))
+        keys = {'image_size', 'crop_size', 'ignore_index'}
+        named = [file.path for file in files if files[-1].is_child and keys & file.assigned.keys()]
+        return [Config.fromfile(path, import_custom_modules=False) for path in named]
+
+    def _fill(self, target: dict, setting: str, key: str, value: object = None) -> None:
+        """Set an open setting to a top-level value, or to what follows from it."""
+        if self.cfg.get(key) is not None and target.get(setting) is None:
+            target[setting] = self.cfg[key] if value is None else value
+            self.used.add(key)
+
+    def _replace(self, target: dict, setting: str, key: str, follow: Callable[[dict], object]) -> None:
+        """Set what follows from the config if it is open, or what followed from one of its files."""
+        value, stated = follow(self.cfg), target.get(setting)
+        if value is None:
+            return
+        if stated is None or _pair(stated) in (_pair(follow(stage)) for stage in chain([self.cfg], self._stages)):
+            target[setting] = value
+            self.used.add(key)
+
+    def fill_paths(self) -> None:
+        """Folders and files of the data sets."""
+        for split, dataset in self.datasets.items():
+            self._fill(dataset, 'data_root', 'data_root')
+            img, ann = (
+                f'val_{kind}' if split == 'test' and self.cfg.get(f'test_{kind}') is None else f'{split}_{kind}'
+                for kind in ('img', 'ann')
+            )
+            if dataset in self.folders:
+                self._fill(dataset, 'ann_file', ann)
+                self._fill(dataset, 'data_prefix', img, dict(img=self.cfg.get(img)))
+                self._fill(dataset, 'skip_bad_images', 'skip_bad_images')
+            elif dataset in self.label_maps:
+                prefix = ConfigDict(dataset.get('data_prefix') or {})
+                self._fill(prefix, 'img_path', img)
+                self._fill(prefix, 'seg_map_path', ann)
+                if prefix:
+                    dataset['data_prefix'] = prefix
+                for key in ('img_suffix', 'seg_map_suffix', 'reduce_zero_label'):
+                    self._fill(dataset, key, key)
+
+    def fill_classes(self) -> None:
+        """Names of the classes, and their number."""
+        classes = self.cfg.get('classes') or ()
+        classes = (classes,) if isinstance(classes, str) else tuple(classes)  # one alone, from the command line
+        if self.folders:
+            self._fill_classes(self.folders, classes or _classes_of(self.folders), 'the annotation file has')
+        if not all(_has_classes(dataset) for dataset in self.label_maps):
+            if not classes:
+                raise ConfigError(
+                    'no class names: label maps have none of their own, so name their values 0, 1, ... in this order, '
+                    'in the config or by --cfg-options classes="[road,sky]"'
+                )
+            self._fill_classes(self.label_maps, classes, 'classes names')
+
+    def _fill_classes(self, datasets: list[dict], classes: tuple[str, ...], source: str) -> None:
+        given = self.cfg.get('num_classes')
+        if given is not None and given != len(classes):
+            raise ConfigError(
+                f'num_classes={given}, but {source} {len(classes)} classes ({", ".join(classes)}): leave '
+                'num_classes out, or use other annotations'
+            )
+        self.used.update(('classes', 'num_classes'))
+        for dataset in datasets:
+            if not _has_classes(dataset):
+                dataset['metainfo'] = ConfigDict(dataset.get('metainfo') or {}, classes=classes)
+        set_num_classes(self.cfg['model'], len(classes))
+
+    def fill_ignore_index(self) -> None:
+        """The value in label maps that is no class."""
+        if not self.label_maps:
+            return
+        model = self.cfg['model']
+        heads = _flat(model.get(key) for key in ('decode_head', 'auxiliary_head'))
+        metrics = _flat(self.cfg.get(key) for key in ('val_evaluator', 'test_evaluator'))
+        kinds = ('RandomCrop', 'IoUMetric')
+        readers = [part for part in [*self._steps, *metrics] if kind_of(part) in kinds]
+        for part in [*heads, *self.label_maps, *readers]:
+            self._fill(part, 'ignore_index', 'ignore_index')
+        if model.get('data_preprocessor'):
+            self._replace(
+                model['data_preprocessor'], 'seg_pad_val', 'ignore_index', lambda cfg: cfg.get('ignore_index')
+            )
+
+    def fill_sizes(self) -> None:
+        """Sizes of images and crops, pixels."""
+        frame, crop = self._frame(self.cfg), self._crop(self.cfg)
+        if frame is None:
+            return
+        crop_key = 'crop_size' if self.cfg.get('crop_size') else 'image_size'
+        for step in self._steps:
+            setting = SIZED.get(kind_of(step))
+            if setting and step.get('scale_factor') is None:
+                is_crop = setting == 'crop_size'
+                self._fill(step, setting, crop_key if is_crop else 'image_size', crop if is_crop else frame)
+        model = self.cfg['model']
+        if 'img_size' in (model.get('backbone') or {}):
+            self._replace(model['backbone'], 'img_size', crop_key, self._positions)
+        if self.label_maps and 'data_preprocessor' in model:
+            self._replace(model['data_preprocessor'], 'size', crop_key, self._crop)
+
+    def _frame(self, cfg: dict) -> tuple[int, int] | None:
+        """Width and height that no image exceeds; None if the config's key means something else."""
+        size = cfg.get('image_size')
+        if isinstance(size, int):
+            longest, shortest = LONGEST_SEG if self.label_maps else LONGEST
+            return size * longest // shortest, size
+        return tuple(size) if size and self.label_maps else None
+
+    def _crop(self, cfg: dict) -> tuple[int, int] | None:
+        """Height and width of crops."""
+        frame, size = self._frame(cfg), cfg.get('image_size')
+        if frame is None or not self.label_maps:
+            return frame and (frame[0], frame[0])
+        return _pair(cfg.get('crop_size') or (size if isinstance(size, int) else frame[::-1]))
+
+    def _positions(self, cfg: dict) -> tuple[int, int] | None:
+        """Height and width for which the backbone stores positions."""
+        return self._crop(cfg) if self.label_maps else self._frame(cfg) and _pair(cfg['image_size'])
+
+    def fill_max_iters(self) -> None:
+        """Length of training."""
+        if kind_of(self.cfg.get('train_cfg') or {}) == 'IterBasedTrainLoop':
+            self._fill(self.cfg['train_cfg'], 'max_iters', 'max_iters')
+        schedules = self.cfg.get('param_scheduler')
+        if isinstance(schedules, list) and schedules and not {'milestones', 'T_max'} & set(schedules[-1]):
+            self._fill(schedules[-1], 'end', 'max_iters')
+
+
+def _pair(size: object) -> tuple:
+    """Height and width, of which one number means both."""
+    return tuple(size) if isinstance(size, list | tuple) else (size, size)
+
+
+def _flat(parts: Iterable[dict | list[dict] | None]) -> list[dict]:
+    return [part for entry in parts if entry for part in (entry if isinstance(entry, list) else [entry])]
+
+
+def _has_classes(dataset: dict) -> bool:
+    return (dataset.get('metainfo') or {}).get('classes') is not None
+
+
+def _classes_of(datasets: list[dict]) -> tuple[str, ...]:
+    """Class names of the first split, training before validation, whose annotation file is there."""
+    paths = [os.path.join(dataset.get('data_root') or '', dataset.get('ann_file') or '') for dataset in datasets]
+    there = [path for path in paths if os.path.isfile(path)]
+    return read_class_names((there or paths)[0])

@@ -1,0 +1,1 @@
+"""What the command line does: one module a tool, each with `parser()` and `main(args)`."""
