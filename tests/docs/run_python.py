@@ -1,0 +1,49 @@
+"""Run the Python blocks of one page, given as JSON on standard input, one after the other in this interpreter.
+
+A block that sets ``_base_`` is a config: it is loaded, and its model built.
+"""
+
+import ast
+import contextlib
+import io
+import json
+import sys
+from pathlib import Path
+
+
+def is_config(code: ast.Module) -> bool:
+    targets = [target for node in code.body if isinstance(node, ast.Assign) for target in node.targets]
+    return any(isinstance(target, ast.Name) and target.id == '_base_' for target in targets)
+
+
+def run_config(text: str, build: bool) -> None:
+    from mmengine.config import Config
+    from mmengine.registry import MODELS, init_default_scope
+
+    import mmvim  # noqa: F401
+
+    Path('config_of_a_page.py').write_text(text)
+    cfg = Config.fromfile('config_of_a_page.py')
+    init_default_scope(cfg.default_scope if 'default_scope' in cfg else 'mmseg')
+    if build:
+        MODELS.build(cfg.model)
+
+
+def main() -> None:
+    names = {'__name__': '__main__'}
+    for block in json.load(sys.stdin):
+        place = f'{block["page"]}:{block["line"]}'
+        code = ast.parse(block['text'].replace('{{', '[').replace('}}', ']'), place)
+        if is_config(code):
+            run_config(block['text'], build=not block['note'].startswith('load only: '))
+            continue
+        ast.increment_lineno(code, block['line'] - 1)
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(compile(code, block['page'], 'exec'), names)
+        if block['output'] is not None and printed.getvalue() != block['output']:
+            sys.exit(f'{place} prints\n{printed.getvalue()}instead of\n{block["output"]}')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,91 @@
+"""The code blocks of README.md, docs/ and configs/*/README.md are run, or a comment in front of each says why not."""
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pages
+import pytest
+
+FOLDER = Path(__file__).parent
+ROOT = FOLDER.parents[1]
+
+BLOCKS = [block for page in pages.PAGES for block in pages.blocks(page)]
+BASH = [block for block in BLOCKS if block.language == 'bash']
+PYTHON = [block for block in BLOCKS if block.language == 'python' and not block.note.startswith('not run: ')]
+FOLDERS = ('configs/', 'tools/', 'kernels/', 'docs/', 'tests/', '.ci/', 'mmvim/')
+
+
+def script(name: str, given: object, cwd: Path) -> subprocess.CompletedProcess:
+    """Run a script of this folder in a fresh interpreter."""
+    command = [sys.executable, '-W', 'ignore', str(FOLDER / f'{name}.py')]
+    return subprocess.run(command, input=json.dumps(given), cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope='module')
+def reader(tmp_path_factory) -> Path:
+    """Folder of a reader who has followed the pages up to a trained model."""
+    folder = tmp_path_factory.mktemp('reader')
+    finished = script('stand_ins', None, folder)
+    assert finished.returncode == 0, finished.stderr
+    return folder
+
+
+def test_every_block_has_a_language():
+    languages = ('python', 'bash', 'text', '{include}', '{toctree}', '{eval-rst}')
+    assert [str(block) for block in BLOCKS if not block.language.startswith(languages)] == []
+
+
+@pytest.mark.parametrize('page', dict.fromkeys(block.page for block in PYTHON))
+def test_python(page, request, tmp_path):
+    given = [asdict(block) for block in PYTHON if block.page == page]
+    needs_model = any('work_dirs' in block['text'] for block in given)
+    finished = script('run_python', given, request.getfixturevalue('reader') if needs_model else tmp_path)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+
+
+@pytest.mark.parametrize('block', BASH, ids=str)
+def test_bash_says_whether_it_runs(block):
+    assert block.note == 'run' or block.note.startswith('not run: ')
+
+
+@pytest.mark.parametrize('block', [block for block in BASH if block.note == 'run'], ids=str)
+def test_bash(block):
+    finished = subprocess.run(
+        ['bash', '-euo', 'pipefail', '-c', f'python() {{ {sys.executable} "$@"; }}\n{block.text}'],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert finished.returncode == 0, finished.stderr
+
+
+def test_commands_name_files_that_exist():
+    for block in BASH:
+        for word in (word for words in pages.commands(block) for word in words if word.startswith(FOLDERS)):
+            assert list(ROOT.glob(word.partition('::')[0])), f'{block} names {word}'
+
+
+def test_the_tools_take_their_commands():
+    lines = [(str(block), *line) for block in BASH for line in tool_lines(block)]
+    assert len(lines) > 20
+    finished = script('parse_commands', lines, ROOT)
+    assert finished.returncode == 0 and finished.stdout == '', finished.stdout + finished.stderr
+
+
+def tool_lines(block) -> list[tuple[str, list[str]]]:
+    """Tool and arguments of each command that starts one."""
+    words = [words for words in pages.commands(block) if len(words) > 1 and words[1].startswith('tools/')]
+    return [(tool, rest) for _, tool, *rest in words]
+
+
+def test_pages_link_to_files_that_exist():
+    for page in pages.PAGES:
+        for token in pages.MarkdownIt().parse(page.read_text()):
+            for child in token.children or ():
+                target = str(child.attrs.get('href') or child.attrs.get('src') or '').partition('#')[0]
+                if target and '://' not in target:
+                    assert (page.parent / target).exists(), f'{page.relative_to(ROOT)} links to {target}'
