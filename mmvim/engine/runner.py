@@ -10,7 +10,6 @@ from mmengine.model import MMDistributedDataParallel, revert_sync_batchnorm
 from mmengine.runner import Runner as _Runner
 from torch import nn
 
-import mmvim.checkpoints  # noqa: F401  (reads checkpoints without running code from them)
 from mmvim.config.completion import complete_config
 from mmvim.config.data import NUMPY_MESSAGE, check_data_root, dataset_of, explain_empty
 from mmvim.config.files import config_files, follow_validation

@@ -12,9 +12,9 @@ from mmengine.config import Config
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from mmvim.checkpoints.fitting import Conversion, LoadReport, abridge, compare
-from mmvim.checkpoints.identify import LONG_SEQUENCE, Identity, identify
-from mmvim.checkpoints.reading import WEIGHT_KEYS, find_state_dict, read_checkpoint
+from mmvim.weights.fitting import Conversion, LoadReport, abridge, compare
+from mmvim.models.identify import LONG_SEQUENCE, Identity, identify
+from mmvim.weights.reading import WEIGHT_KEYS, find_state_dict, read_checkpoint
 from mmvim.config.completion import complete_config
 from mmvim.config.reading import config_folders, read_config
 from mmvim.errors import CheckpointError, ConfigError

@@ -12,7 +12,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from mmvim.checkpoints.reading import load_from_local
+from mmvim.weights.reading import load_from_local
 from mmvim.config.completion import complete_config
 from mmvim.config.reading import read_config
 from mmvim.errors import ConfigError, DataError

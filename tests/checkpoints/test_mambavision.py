@@ -14,7 +14,7 @@ from torch import nn
 
 import mmvim  # noqa: F401
 from mmvim.checkpoints import mambavision_state_dict, to_classifier
-from mmvim.checkpoints.identify import identify
+from mmvim.models.identify import identify
 from mmvim.errors import CheckpointError
 from mmvim.models import MambaVision
 

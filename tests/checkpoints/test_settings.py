@@ -16,8 +16,8 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from mmvim.checkpoints import deit, hier_vim, mambavision, vim
-from mmvim.checkpoints.identify import identify
-from mmvim.checkpoints.reading import read_state_dict
+from mmvim.models.identify import identify
+from mmvim.weights.reading import read_state_dict
 from mmvim.errors import CheckpointError
 from mmvim.models import HierVim, MambaVision, VisionMamba, VisionTransformer
 from mmvim.registry import MODELS

@@ -45,7 +45,7 @@ from mmengine.utils.dl_utils import mmcv_full_available
 assert mmcv_full_available()
 assert not hasattr(first, '__path__')
 import mmvim.compat
-mmvim.compat.prepare_hosts()
+mmvim.compat.install()
 import sys
 assert sum(type(finder).__name__ == 'TorchvisionOpsFinder' for finder in sys.meta_path) == 1
 from mmcv.utils import collect_env

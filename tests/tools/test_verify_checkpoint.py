@@ -11,7 +11,7 @@ import torch
 from mmengine.registry import MODELS
 from torch import nn
 
-from mmvim.checkpoints.identify import identify
+from mmvim.models.identify import identify
 from mmvim.models import HierVim, MambaVision, VisionMamba
 from mmvim.tools import command_line, verify
 from mmvim.tools.verify import configs_for
