@@ -92,6 +92,7 @@ def test_curves_leave_out_what_was_not_measured():
     }
 
 
+@pytest.mark.slow
 def test_a_broken_sweep_goes_on(configs, tmp_path):
     out = tmp_path / 'out'
     arguments = [*configs, '--resolutions', 32, 48, '--repeats', 1, '--no-memory', '--out', out]
@@ -105,7 +106,13 @@ def test_a_broken_sweep_goes_on(configs, tmp_path):
 
 
 @pytest.mark.parametrize(
-    'change', [['--no-autocast'], ['--warmup', 2], ['--dtype', 'bfloat16'], ['--train'], 'config', 'unfinished']
+    'change',
+    [
+        ['--no-autocast'],
+        *(pytest.param(x, marks=pytest.mark.slow) for x in (['--warmup', 2], ['--dtype', 'bfloat16'], ['--train'])),
+        'config',
+        'unfinished',
+    ],
 )
 def test_other_settings_are_measured_anew(configs, tmp_path, change):
     out = tmp_path / 'out'
@@ -127,6 +134,7 @@ def test_other_settings_are_measured_anew(configs, tmp_path, change):
     assert sweep(*arguments).run()[-1]['latency_ms'] == rows[-1]['latency_ms']
 
 
+@pytest.mark.slow
 def test_memory_is_measured_after_a_run_without(configs, tmp_path):
     arguments = [configs[0], '--resolutions', 32, '--repeats', 1, '--out', tmp_path / 'out']
     (row,) = sweep(*arguments, '--no-memory').run()
@@ -362,7 +370,7 @@ def test_options_of_a_model(options, found):
     assert backbone == dict(type='mmdet.ResNet') | found
 
 
-@pytest.mark.parametrize('fpn', ['no', 'yes'])
+@pytest.mark.parametrize('fpn', [pytest.param('no', marks=pytest.mark.slow), 'yes'])
 @pytest.mark.parametrize('spec', ['timm.convnext_atto', 'mmdet.ResNet:depth=18'])
 def test_backbones_of_hosts_and_timm(spec, fpn, configs, tmp_path):
     arguments = [spec, configs[0], '--resolutions', 64, '--repeats', 1, '--no-memory', '--fpn', fpn]

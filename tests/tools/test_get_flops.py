@@ -33,7 +33,7 @@ def run(capsys):
             arch=dict(embed_dims=16, stem_channels=8, depths=(1, 1, 2, 2), num_heads=(1, 2, 2, 4)),
         ),
         dict(type='mmvim.VisionTransformer', arch=dict(embed_dims=32, depth=2, num_heads=2)),
-        dict(type='mmpretrain.SwinTransformer', arch='tiny'),
+        pytest.param(dict(type='mmpretrain.SwinTransformer', arch='tiny'), marks=pytest.mark.slow),
         dict(type='mmpretrain.ResNet', depth=18),
     ],
     ids=lambda cfg: cfg['type'],

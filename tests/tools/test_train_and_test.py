@@ -94,7 +94,7 @@ def test_test_time_augmentation_runs_with_masks(run_here):
     assert 'work/iter_4.pth' in output, 'a work directory stands for its last checkpoint'
 
 
-@pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
+@pytest.mark.parametrize('dtype', ['bfloat16', pytest.param('float16', marks=pytest.mark.slow)])
 def test_mixed_precision_trains_on_a_cpu(run_here, dtype):
     options = ('--cfg-options', 'max_iters=2', 'val_cfg=None', 'val_dataloader=None', 'val_evaluator=None')
     output = run_here('train', 'tiny.py', '--work-dir', dtype, '--amp', '--amp-dtype', dtype, *options)

@@ -181,7 +181,9 @@ def run(*arguments):
     command_line.run(visualize, arguments)
 
 
-@pytest.mark.parametrize('checkpoint', ['published.pth', 'model.pth', 'none'])
+@pytest.mark.parametrize(
+    'checkpoint', ['published.pth', *(pytest.param(c, marks=pytest.mark.slow) for c in ('model.pth', 'none'))]
+)
 def test_pictures(folder, capsys, checkpoint):
     run('image.png', 'small.py', checkpoint, '--block', 0, -1, '--channels', 'pca', '--out-dir', 'out')
     kinds = ('features', 'receptive-field', 'scan')
