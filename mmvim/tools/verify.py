@@ -12,15 +12,15 @@ from mmengine.config import Config
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from mmvim.weights.fitting import Conversion, LoadReport, abridge, compare
-from mmvim.models.identify import LONG_SEQUENCE, Identity, identify
-from mmvim.weights.reading import WEIGHT_KEYS, find_state_dict, read_checkpoint
 from mmvim.config.completion import complete_config
 from mmvim.config.reading import config_folders, read_config
 from mmvim.errors import CheckpointError, ConfigError
 from mmvim.machine import clock
+from mmvim.models.identify import LONG_SEQUENCE, Identity, identify
 from mmvim.tools.command_line import add_cfg_options, new_parser
 from mmvim.tools.weights import backbone_weights, image_size, model_of
+from mmvim.weights.fitting import Conversion, LoadReport, abridge, compare
+from mmvim.weights.reading import WEIGHT_KEYS, find_state_dict, read_checkpoint
 
 SUFFIXES = ('.pth', '.pt', '.tar', '.safetensors')
 # folder of configs, and the sizes of the backbone's arch_zoo as the names of configs have them

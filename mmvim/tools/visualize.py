@@ -12,7 +12,6 @@ from mmengine.config import Config
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from mmvim.weights.reading import load_from_local
 from mmvim.config.completion import complete_config
 from mmvim.config.reading import read_config
 from mmvim.errors import ConfigError, DataError
@@ -20,6 +19,7 @@ from mmvim.tools.command_line import add_cfg_options, find_checkpoint, new_parse
 from mmvim.tools.pictures import CHANNELS, draw_features, draw_receptive_field, draw_scan
 from mmvim.tools.tracing import Block, receptive_field, trace
 from mmvim.tools.weights import backbone_weights, image_size, model_of
+from mmvim.weights.reading import load_from_local
 
 PICTURES = ('features', 'receptive-field', 'scan')
 

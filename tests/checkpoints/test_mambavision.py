@@ -14,9 +14,9 @@ from torch import nn
 
 import mmvim  # noqa: F401
 from mmvim.checkpoints import mambavision_state_dict, to_classifier
-from mmvim.models.identify import identify
 from mmvim.errors import CheckpointError
 from mmvim.models import MambaVision
+from mmvim.models.identify import identify
 
 ARCH = dict(embed_dims=16, stem_channels=8, depths=(1, 1, 3, 2), num_heads=(1, 2, 2, 4))
 REPOSITORY = Path(__file__).parents[2]

@@ -16,11 +16,11 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from mmvim.checkpoints import deit, hier_vim, mambavision, vim
-from mmvim.models.identify import identify
-from mmvim.weights.reading import read_state_dict
 from mmvim.errors import CheckpointError
 from mmvim.models import HierVim, MambaVision, VisionMamba, VisionTransformer
+from mmvim.models.identify import identify
 from mmvim.registry import MODELS
+from mmvim.weights.reading import read_state_dict
 
 REPOSITORY = Path(__file__).parents[2]
 VIM = dict(arch=dict(embed_dims=32, depth=4, d_state=4), img_size=64)

@@ -11,8 +11,8 @@ import torch
 from mmengine.registry import MODELS
 from torch import nn
 
-from mmvim.models.identify import identify
 from mmvim.models import HierVim, MambaVision, VisionMamba
+from mmvim.models.identify import identify
 from mmvim.tools import command_line, verify
 from mmvim.tools.verify import configs_for
 from mmvim.tools.weights import backbone_weights
