@@ -33,7 +33,7 @@ def _is_dense(x: Tensor) -> bool:
     return x.layout is torch.strided and not x.is_nested
 
 
-def check_tensor(op: str, name: str, x: Tensor) -> None:
+def check_tensor(op: str, name: str, x: Any) -> None:
     """Raises ValueError unless x is a dense tensor of a floating dtype that the ops know, with no size of zero."""
     if not isinstance(x, Tensor):
         fail(op, name, f'must be a tensor, got {type(x).__name__}')
@@ -48,7 +48,7 @@ def check_tensor(op: str, name: str, x: Tensor) -> None:
 def check_beside(
     op: str,
     name: str,
-    tensor: Tensor | None,
+    tensor: Any,
     x: Tensor,
     dtypes: tuple[torch.dtype, ...],
     x_name: str = 'x',

@@ -7,6 +7,8 @@ Source: Mamba, arXiv 2312.00752, equation 2 and algorithm 2.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -46,8 +48,8 @@ def selective_scan_reference(
     with torch.autocast('cpu' if u.is_meta else u.device.type, enabled=False):  # autocast does not know meta
         ys, states = [], []
         for k in range(u.shape[0]):
-            args = [None if x is None else x[k] for x in wide]
-            y, h = _scan_one(*args, dt_softplus, reverse if u.shape[0] == 1 else k == 1)
+            args: list[Any] = [None if x is None else x[k] for x in wide]
+            y, h = _scan_one(dt_softplus, reverse if u.shape[0] == 1 else k == 1, *args)
             ys.append(y)
             states.append(h)
         y = sum(ys[1:], ys[0])
@@ -59,16 +61,9 @@ def selective_scan_reference(
 
 
 def _scan_one(
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
+    dt_softplus: bool, reverse: bool, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
     dt_bias: Tensor | None,
-    dt_softplus: bool,
-    reverse: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """h_l = exp(delta_l A) h_{l-1} + delta_l B_l u_l,  y_l = <C_l, h_l> + D u_l."""
     delta = dt if dt_bias is None else dt + dt_bias
     if dt_softplus:
