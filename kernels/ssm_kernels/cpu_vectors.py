@@ -223,11 +223,14 @@ half_exp2 = _unary(_emit_half_exp2)
 
 @intrinsic
 def fma(typingctx, x, y, z):
+    """x y + z, in one instruction where the CPU has it."""
     return x(x, x, x), lambda context, builder, sig, args: _emit_fma(builder, *args)
 
 
 @intrinsic
 def splat(typingctx, x):
+    """A number in every lane."""
+
     def emit(context, builder, sig, args):
         return _emit_splat(builder, builder.fptrunc(args[0], F32))
 

@@ -100,13 +100,15 @@ def bidirectional_causal_conv1d(
         x: input (B, L, D), as in :func:`causal_conv1d`.
         weight: (2, D, W); index 0 belongs to the causal convolution, index 1 to the anti-causal one.
         bias: (2, D) or None.
-        activation, backend: as in :func:`causal_conv1d`.
+        activation: 'silu' or None.
+        backend: as in :func:`causal_conv1d`.
 
     Returns:
         (2, B, L, D): index 0 causal, index 1 anti-causal (``reverse=True`` of :func:`causal_conv1d`).
 
     Raises:
-        ValueError, RuntimeError: as :func:`causal_conv1d`.
+        ValueError: as :func:`causal_conv1d`.
+        RuntimeError: as :func:`causal_conv1d`.
     """
     op = 'bidirectional_causal_conv1d'
     _check(op, (2,), x, weight, bias, activation)
@@ -126,13 +128,18 @@ def same_conv1d(
     Source: MambaVision, arXiv 2407.08083, whose mixer sees tokens on both sides.
 
     Args:
-        x, weight, bias, activation, backend: as in :func:`causal_conv1d`.
+        x: input (B, L, D), as in :func:`causal_conv1d`.
+        weight: (D, W).
+        bias: (D) or None.
+        activation: 'silu' or None.
+        backend: as in :func:`causal_conv1d`.
 
     Returns:
         (B, L, D) in x's dtype, or autocast's.
 
     Raises:
-        ValueError, RuntimeError: as :func:`causal_conv1d`.
+        ValueError: as :func:`causal_conv1d`.
+        RuntimeError: as :func:`causal_conv1d`.
     """
     op = 'same_conv1d'
     _check(op, (), x, weight, bias, activation)

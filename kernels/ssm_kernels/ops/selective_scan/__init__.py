@@ -93,8 +93,9 @@ def selective_scan(
             float32 activations are taken in the autocast dtype; the parameters keep theirs.
         dt: step sizes before bias and softplus, (B, L, D), dtype of u.
         A: (D, N), float32 or dtype of u.
-        B, C: (B, L, N) shared by all channels or (B, L, G, N) for G groups of D/G neighbouring channels, dtype of u;
-            or (D, N) constant over the tokens, float32 or dtype of u.
+        B: (B, L, N) shared by all channels or (B, L, G, N) for G groups of D/G neighbouring channels, dtype of u; or
+            (D, N) constant over the tokens, float32 or dtype of u.
+        C: as B, but need not be of the same kind.
         D: weights of the skip connection, (D), float32 or dtype of u; None for no skip.
         z: gate (B, L, D), dtype of u; None for no gate.
         dt_bias: (D), float32 or dtype of u.
@@ -143,11 +144,14 @@ def bidirectional_selective_scan(
     may pass an expanded view.
 
     Args:
-        u, dt: (2, B, L, D).
+        u: (2, B, L, D).
+        dt: (2, B, L, D).
         A: (2, D, N).
-        B, C: (2, B, L, N), (2, B, L, G, N) or (2, D, N).
-        D, dt_bias: (2, D).
+        B: (2, B, L, N), (2, B, L, G, N) or (2, D, N).
+        C: as B.
+        D: (2, D).
         z: gate (B, L, D), shared by both directions.
+        dt_bias: (2, D).
         dt_softplus: whether delta is softplus(dt + dt_bias).
         scale: factor of the result, 0.5 for the mean of both directions.
         backend: as in :func:`selective_scan`.
@@ -156,7 +160,8 @@ def bidirectional_selective_scan(
         (B, L, D) in u's dtype, or autocast's.
 
     Raises:
-        ValueError, RuntimeError: as :func:`selective_scan`.
+        ValueError: as :func:`selective_scan`.
+        RuntimeError: as :func:`selective_scan`.
     """
     op = 'bidirectional_selective_scan'
     check_number(op, 'scale', scale)
@@ -189,10 +194,14 @@ def selective_scan_fn(
     """:func:`selective_scan` with the signature and the channels-first layout of mamba_ssm's function of this name.
 
     Args:
-        u, delta, z: (B, D, L).
+        u: (B, D, L).
+        delta: (B, D, L).
         A: (D, N), real.
-        B, C: (D, N) constant, (B, N, L) shared or (B, G, N, L) grouped.
-        D, delta_bias: (D).
+        B: (D, N) constant, (B, N, L) shared or (B, G, N, L) grouped.
+        C: as B.
+        D: (D).
+        z: gate (B, D, L).
+        delta_bias: (D).
         delta_softplus: whether the step is softplus(delta + delta_bias).
         return_last_state: also return the state after the last token.
 

@@ -30,11 +30,14 @@ def selective_scan_reference(
     """K scans over the same tokens, gated and summed: ``scale * (y_0 + ... + y_{K-1}) * silu(z)``.
 
     Args:
-        u, dt: (K, B, L, D).
+        u: (K, B, L, D).
+        dt: (K, B, L, D).
         A: (K, D, N).
-        B, C: (K, B, L, G, N) per token, or (K, D, N) constant.
-        D, dt_bias: (K, D) or None.
+        B: (K, B, L, G, N) per token, or (K, D, N) constant.
+        C: as B.
+        D: (K, D) or None.
         z: gate (B, L, D) or None.
+        dt_bias: (K, D) or None.
         dt_softplus: whether the step is softplus(dt + dt_bias) rather than dt + dt_bias.
         reverse: direction of the scan when K is 1; with K = 2 direction 0 runs left to right, 1 right to left.
         scale: factor of the result.
