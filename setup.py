@@ -56,5 +56,6 @@ setup(
         *find_packages('kernels', include=['ssm_kernels', 'ssm_kernels.*']),
     ],
     package_dir={'ssm_kernels': 'kernels/ssm_kernels'},
+    package_data={'ssm_kernels': ['py.typed']},
     cmdclass={'build_py': BuildPyWithMim},
 )

@@ -33,7 +33,7 @@ def _is_dense(x: Tensor) -> bool:
     return x.layout is torch.strided and not x.is_nested
 
 
-def check_tensor(op: str, name: str, x: Tensor) -> None:
+def check_tensor(op: str, name: str, x: Any) -> None:
     """Raises ValueError unless x is a dense tensor of a floating dtype that the ops know, with no size of zero."""
     if not isinstance(x, Tensor):
         fail(op, name, f'must be a tensor, got {type(x).__name__}')
@@ -48,7 +48,7 @@ def check_tensor(op: str, name: str, x: Tensor) -> None:
 def check_beside(
     op: str,
     name: str,
-    tensor: Tensor | None,
+    tensor: Any,
     x: Tensor,
     dtypes: tuple[torch.dtype, ...],
     x_name: str = 'x',
@@ -57,8 +57,16 @@ def check_beside(
     """Raises ValueError unless tensor is dense, on the device of the op's input x and has one of the dtypes.
 
     Args:
-        op: name of the op, for the message, as are ``name`` and ``x_name``.
+        op: name of the op, for the message.
+        name: of the argument.
+        tensor: its value, whatever it is.
+        x: the op's input, checked before.
+        dtypes: that tensor may have.
+        x_name: name of the input.
         optional: whether None will do as well.
+
+    Raises:
+        ValueError: that names the argument and says what is legal.
     """
     if tensor is None and optional:
         return
@@ -83,8 +91,16 @@ def check_shape(
     """Raises ValueError unless tensor, where there is one, has the shape that follows from the op's input x.
 
     Args:
+        op: name of the op, for the message.
+        name: of the argument.
+        tensor: its value, a tensor or None.
         wanted: the sizes.
+        x: the op's input.
+        x_name: its name.
         free: name of one more size at the end, which may be any.
+
+    Raises:
+        ValueError: with both shapes.
     """
     if tensor is None or (tensor.shape[:-1] if free else tensor.shape) == wanted:
         return

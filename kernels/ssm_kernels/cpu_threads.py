@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -76,10 +77,11 @@ class Worker:
 
     def __init__(self, make: Callable[[int], Callable], params: np.dtype, *modules: str) -> None:
         self._make, self._params, self._modules = make, params, modules
-        self._defaults = dict.fromkeys(params.names[:-1], 0) | {'scale': 1.0}  # in the order of the block
-        self._pack = struct.Struct(f'{len(params.names) - 1}qd')
-        self.compiled = None
-        self._entry = None
+        *words, scale = params.names or ()
+        self._defaults = dict.fromkeys(words, 0) | {scale: 1.0}  # in the order of the block
+        self._pack = struct.Struct(f'{len(words)}qd')
+        self.compiled: Any = None  # what Numba makes of it
+        self._entry: Callable | None = None
 
     def entry(self) -> Callable:
         """The worker as a ctypes function, which gives the interpreter lock away while it runs; compiles it once."""
@@ -90,7 +92,7 @@ class Worker:
                     self._entry = _WORKER_TYPE(self.compiled.address)
         return self._entry
 
-    def __call__(self, scratch_bytes: int, n_tasks: int, fields: dict[str, int | float]) -> None:
+    def __call__(self, scratch_bytes: int, n_tasks: int, fields: dict[str, float]) -> None:
         """Runs all tasks on up to torch.get_num_threads() threads with scratch_bytes, aligned to 64, for each."""
         entry = self.entry()
         threads = max(1, min(torch.get_num_threads(), n_tasks))
@@ -114,6 +116,10 @@ class Worker:
                 thread.join()
 
 
+@overload
+def rows(x: Tensor) -> Tensor: ...
+@overload
+def rows(x: None) -> None: ...
 def rows(x: Tensor | None) -> Tensor | None:
     """float32 with neighbouring channels (or states) next to each other; other strides are free."""
     if x is None:
@@ -122,6 +128,10 @@ def rows(x: Tensor | None) -> Tensor | None:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
+@overload
+def whole(x: Tensor) -> Tensor: ...
+@overload
+def whole(x: None) -> None: ...
 def whole(x: Tensor | None) -> Tensor | None:
     """float32 and contiguous."""
     if x is None or (x.dtype == torch.float32 and x.is_contiguous()):
@@ -130,4 +140,5 @@ def whole(x: Tensor | None) -> Tensor | None:
 
 
 def address(x: Tensor | None) -> int:
+    """Where x's first value lies; 0 if there is no x."""
     return 0 if x is None else x.data_ptr()

@@ -67,6 +67,8 @@ def params_dtype(words: str) -> np.dtype:
 
 
 class VectorType(types.Type):
+    """Type of a vector of so many float32 lanes in Numba code."""
+
     def __init__(self, lanes: int):
         self.lanes = lanes
         super().__init__(name=f'f32x{lanes}')
@@ -74,6 +76,8 @@ class VectorType(types.Type):
 
 @register_model(VectorType)
 class VectorModel(models.PrimitiveModel):
+    """How Numba keeps a vector: as an LLVM vector, in a register."""
+
     def __init__(self, dmm, fe_type):
         super().__init__(dmm, fe_type, ir.VectorType(F32, fe_type.lanes))
 
@@ -166,6 +170,8 @@ def _pointer(builder, address, pointee):
 def _loader(vector: VectorType):
     @intrinsic
     def load(typingctx, address):
+        """The vector at an address, which need not be aligned."""
+
         def emit(context, builder, sig, args):
             return builder.load(_pointer(builder, args[0], _ir(vector)), align=4)
 
@@ -177,6 +183,8 @@ def _loader(vector: VectorType):
 def _storer(vector: VectorType):
     @intrinsic
     def store(typingctx, address, value):
+        """Writes a vector to an address, which need not be aligned."""
+
         def emit(context, builder, sig, args):
             builder.store(args[1], _pointer(builder, args[0], _ir(vector)), align=4)
             return context.get_dummy_value()
@@ -215,11 +223,14 @@ half_exp2 = _unary(_emit_half_exp2)
 
 @intrinsic
 def fma(typingctx, x, y, z):
+    """x y + z, in one instruction where the CPU has it."""
     return x(x, x, x), lambda context, builder, sig, args: _emit_fma(builder, *args)
 
 
 @intrinsic
 def splat(typingctx, x):
+    """A number in every lane."""
+
     def emit(context, builder, sig, args):
         return _emit_splat(builder, builder.fptrunc(args[0], F32))
 
@@ -228,6 +239,8 @@ def splat(typingctx, x):
 
 @intrinsic
 def splat_half(typingctx, x):
+    """A number in every lane of half a vector."""
+
     def emit(context, builder, sig, args):
         undef = ir.Constant(_ir(HVEC), ir.Undefined)
         first = builder.insert_element(undef, builder.fptrunc(args[0], F32), ir.Constant(I32, 0))
@@ -287,6 +300,8 @@ def all_at_most(typingctx, x, y):
 
 @intrinsic
 def get(typingctx, address):
+    """The float at an address."""
+
     def emit(context, builder, sig, args):
         return builder.load(_pointer(builder, args[0], F32), align=4)
 
@@ -295,6 +310,8 @@ def get(typingctx, address):
 
 @intrinsic
 def put(typingctx, address, value):
+    """Writes a float to an address."""
+
     def emit(context, builder, sig, args):
         builder.store(args[1], _pointer(builder, args[0], F32), align=4)
         return context.get_dummy_value()
@@ -304,6 +321,7 @@ def put(typingctx, address, value):
 
 @intrinsic
 def address_of(typingctx, pointer):
+    """The address that a pointer holds, as an integer."""
     return INT(pointer), lambda context, builder, sig, args: builder.ptrtoint(args[0], I64)
 
 
@@ -330,16 +348,19 @@ def exp2(x):
 
 @inline
 def one_plus_exp_neg(x):
+    """1 + exp(-x), inf where exp(-x) overflows."""
     return fma(half_exp2(mul(x, splat(-LOG2E))), splat(2.0), splat(1.0))
 
 
 @inline
 def sigmoid(x):
+    """1 / (1 + exp(-x))."""
     return div(splat(1.0), one_plus_exp_neg(x))
 
 
 @inline
 def silu(x):
+    """x / (1 + exp(-x))."""
     return div(x, one_plus_exp_neg(x))
 
 
@@ -372,6 +393,7 @@ def softplus(x):
 
 @function
 def copy_floats(target, source, m):
+    """Copies m floats from one address to another."""
     for i in range(m):
         put(target + FB * i, get(source + FB * i))
 
@@ -388,6 +410,7 @@ def load_row(address, m, spare):
 
 @inline
 def store_row(address, x, m, spare):
+    """Writes the first m lanes of x; ``spare`` is a vector of scratch memory."""
     if m == LANES:
         store(address, x)
     else:
@@ -410,6 +433,7 @@ def load_tile(tile, source, m, N, factor):
 
 @function
 def store_tile(target, tile, m, N, factor):
+    """Transposes N rows of LANES, of which m lanes count, into m rows of N floats times factor."""
     for n in range(N):
         for i in range(m):
             put(target + FB * (i * N + n), np.float32(get(tile + VB * n + FB * i) * factor))
@@ -417,6 +441,7 @@ def store_tile(target, tile, m, N, factor):
 
 @function
 def fill_tile(tile, rows, value):
+    """Writes a value to every lane of so many rows."""
     for n in range(rows):
         store(tile + VB * n, splat(value))
 

@@ -24,6 +24,9 @@ def define(
         fake: makes empty results of the same shapes and dtypes, for tracing.
         schema: arguments and results as PyTorch writes them.
         dispatch_key: where the function runs: 'CPU', or any device.
+
+    Returns:
+        The operator, to be called like the function.
     """
     _library.define(name + schema)
     _library.impl(name, function, dispatch_key)
@@ -33,7 +36,7 @@ def define(
 
 
 def refuse_second_derivative(backward: torch._ops.OpOverload) -> None:
-    """Makes the gradient of an operator ``room_backend_backward`` an error that says so."""
+    """Makes the gradient of an operator ``room_backend_backward`` a RuntimeError that says so."""
     room, backend, _ = backward._schema.name.removeprefix('ssm_kernels::').rsplit('_', 2)
 
     def refuse(ctx, *grads):

@@ -100,7 +100,7 @@ def test_wheel_contents(wheel, source_tree):
         assert {name.split('/')[0] for name in names} == {'mmvim', 'ssm_kernels', info}
         assert archive.read(f'{info}/top_level.txt').decode().split() == ['mmvim', 'ssm_kernels']
         metadata = Parser().parsestr(archive.read(f'{info}/METADATA').decode())
-        assert f'{info}/licenses/LICENSE' in names
+        assert {f'{info}/licenses/LICENSE', 'ssm_kernels/py.typed'} <= set(names)
 
     for package, folder in ('mmvim', ROOT / 'mmvim'), ('ssm_kernels', ROOT / 'kernels' / 'ssm_kernels'):
         modules = {f'{package}/{path.relative_to(folder).as_posix()}' for path in folder.rglob('*.py')}

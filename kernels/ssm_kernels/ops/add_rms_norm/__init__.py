@@ -71,7 +71,7 @@ def add_rms_norm(
             with x.
         weight: (D), float32 or dtype of x.
         eps: added to the mean square, finite and at least 0.
-        backend: a name of the room's table of backends; None takes the first that can run these tensors.
+        backend: 'triton', 'numba' or 'torch'; None takes the first that can run these tensors.
 
     Returns:
         (out, residual), both of x's shape. out has x's dtype; under autocast a float32 x gives the autocast dtype.

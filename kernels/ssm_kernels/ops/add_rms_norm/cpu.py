@@ -23,7 +23,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     x, residual, weight = rows(x), rows(residual), whole(weight)
     out, stream, rstd = empty(*x.shape), empty(*x.shape), empty(x.shape[0])
-    fields = {
+    fields: dict[str, float] = {
         'T': x.shape[0], 'D': x.shape[1], 'x': x.data_ptr(), 'x_l': 4 * x.stride(0), 'residual': address(residual),
         'residual_l': 0 if residual is None else 4 * residual.stride(0), 'weight': weight.data_ptr(),
         'stream': stream.data_ptr(), 'out': out.data_ptr(), 'rstd': rstd.data_ptr(), 'scale': eps,
@@ -36,11 +36,12 @@ def _backward(
     dout: Tensor | None, dstream: Tensor | None, stream: Tensor, weight: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor]:
     if dout is None:
+        assert dstream is not None  # autograd asks for nothing where neither has a gradient
         return dstream.clone(), torch.zeros_like(weight)
     dtype = weight.dtype
     dout, dstream, weight = whole(dout), whole(dstream), whole(weight)
     dx, dweight = empty(*stream.shape), empty(_tasks(stream), stream.shape[1])
-    fields = {
+    fields: dict[str, float] = {
         'T': stream.shape[0], 'D': stream.shape[1], 'stream': stream.data_ptr(), 'weight': weight.data_ptr(),
         'rstd': rstd.data_ptr(), 'dout': dout.data_ptr(), 'dstream': address(dstream), 'dx': dx.data_ptr(),
         'dweight': dweight.data_ptr(),

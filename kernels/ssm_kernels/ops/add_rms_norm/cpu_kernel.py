@@ -41,6 +41,7 @@ PARAMS = params_dtype('T D x x_l residual residual_l weight stream out rstd dout
 
 @function
 def forward_row(a, t, spare):
+    """Normalises token t and stores the new residual; returns 1 / sqrt(mean square + eps)."""
     D = a.D
     p_x, p_in = a.x + t * a.x_l, a.residual + t * a.residual_l
     p_stream, p_out = a.stream + FB * t * D, a.out + FB * t * D
@@ -62,6 +63,7 @@ def forward_row(a, t, spare):
 
 
 def backward_scratch_bytes(D: int) -> int:
+    """Bytes of scratch memory of a backward task: a spare vector, then its share of dweight."""
     return VB * (-(-D // LANES) + 1)
 
 
@@ -89,6 +91,8 @@ def backward_row(a, t, p_dw, spare):
 
 
 def make_forward(stamp):
+    """Makes the forward worker; ``stamp`` becomes part of the key under which Numba caches it."""
+
     def forward(params):
         """A worker; one task is one block of tokens."""
         a, counters = carray(params, 1)[0], address_of(params)
@@ -104,6 +108,8 @@ def make_forward(stamp):
 
 
 def make_backward(stamp):
+    """Makes the backward worker; ``stamp`` as in :func:`make_forward`."""
+
     def backward(params):
         """A worker; one task is one block of tokens, with a row of dweight of its own."""
         a, counters = carray(params, 1)[0], address_of(params)

@@ -30,6 +30,7 @@ def norm_forward_kernel(
     x, residual, weight, out, stream, rstd, eps, T, s_x, s_r, s_w, HAS_RESIDUAL: tl.constexpr,
     STORE: tl.constexpr, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
+    """BT tokens, whole rows in registers: every value is read once."""
     o_t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
     o_d = tl.arange(0, BD)
     m_d = o_d < D
@@ -52,6 +53,7 @@ def norm_backward_kernel(
     HAS_DSTREAM: tl.constexpr, STORE_DX: tl.constexpr, STORE_DRESIDUAL: tl.constexpr, D: tl.constexpr,
     BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
+    """Every n_programs-th tile of BT tokens: the share of dweight is stored once, not once a tile."""
     pid = tl.program_id(0)
     o_d = tl.arange(0, BD)
     m_d = o_d < D

@@ -68,10 +68,10 @@ def causal_conv1d(
         activation: 'silu' or None.
         reverse: read the following tokens instead, ``y[l] = act(bias + sum_j weight[j] x[l + (W-1) - j])``. This is
             the flip of the convolution of the flipped tokens, with nothing flipped.
-        backend: a name of the room's table of backends; None takes the first that can run these tensors.
+        backend: 'triton', 'numba' or 'torch'; None takes the first that can run these tensors.
 
     Returns:
-        (B, L, D).
+        (B, L, D) in x's dtype, or autocast's.
 
     Raises:
         ValueError: if a shape, dtype, device or option does not fit, naming the argument; or for an unknown backend.
@@ -94,17 +94,21 @@ def bidirectional_causal_conv1d(
 ) -> Tensor:
     """A causal convolution and an anti-causal one of the same tokens, from one read of them.
 
+    Source: Vision Mamba, arXiv 2401.09417, algorithm 1.
+
     Args:
         x: input (B, L, D), as in :func:`causal_conv1d`.
         weight: (2, D, W); index 0 belongs to the causal convolution, index 1 to the anti-causal one.
         bias: (2, D) or None.
-        activation, backend: as in :func:`causal_conv1d`.
+        activation: 'silu' or None.
+        backend: as in :func:`causal_conv1d`.
 
     Returns:
         (2, B, L, D): index 0 causal, index 1 anti-causal (``reverse=True`` of :func:`causal_conv1d`).
 
     Raises:
-        ValueError, RuntimeError: as :func:`causal_conv1d`.
+        ValueError: as :func:`causal_conv1d`.
+        RuntimeError: as :func:`causal_conv1d`.
     """
     op = 'bidirectional_causal_conv1d'
     _check(op, (2,), x, weight, bias, activation)
@@ -119,16 +123,23 @@ def same_conv1d(
     activation: str | None = 'silu',
     backend: str | None = None,
 ) -> Tensor:
-    """``y[l] = act(bias + sum_j weight[j] x[l - (W-1)//2 + j])``: PyTorch's ``padding='same'``, as MambaVision has it.
+    """``y[l] = act(bias + sum_j weight[j] x[l - (W-1)//2 + j])``: PyTorch's ``padding='same'``.
+
+    Source: MambaVision, arXiv 2407.08083, whose mixer sees tokens on both sides.
 
     Args:
-        x, weight, bias, activation, backend: as in :func:`causal_conv1d`.
+        x: input (B, L, D), as in :func:`causal_conv1d`.
+        weight: (D, W).
+        bias: (D) or None.
+        activation: 'silu' or None.
+        backend: as in :func:`causal_conv1d`.
 
     Returns:
-        (B, L, D).
+        (B, L, D) in x's dtype, or autocast's.
 
     Raises:
-        ValueError, RuntimeError: as :func:`causal_conv1d`.
+        ValueError: as :func:`causal_conv1d`.
+        RuntimeError: as :func:`causal_conv1d`.
     """
     op = 'same_conv1d'
     _check(op, (), x, weight, bias, activation)

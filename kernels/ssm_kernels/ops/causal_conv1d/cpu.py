@@ -11,7 +11,7 @@ from . import cpu_kernel
 from .autograd import define_convolution
 
 
-def _fields(x: Tensor, weight: Tensor, bias: Tensor | None, padding: str, silu: bool) -> dict[str, int]:
+def _fields(x: Tensor, weight: Tensor, bias: Tensor | None, padding: str, silu: bool) -> dict[str, float]:
     batch, length, dim = x.shape
     return {
         'K': weight.shape[0], 'B': batch, 'L': length, 'D': dim, 'W': weight.shape[2], 'silu': silu,

@@ -79,6 +79,7 @@ def scratch_bytes() -> int:
 
 @function
 def forward_block(a, i_b, l0, scratch):
+    """Convolves a block of tokens of one image in all directions."""
     L, D, W, ahead = a.L, a.D, a.W, lookahead(a)
     T, spare = min(BLOCK, L - l0), scratch + VB * (MAX_WIDTH + 1)
     for d0 in range(0, D, LANES):
@@ -152,6 +153,8 @@ def backward_block(a, i_b, l0, task, scratch):
 
 
 def make_forward(stamp):
+    """Makes the forward worker; ``stamp`` becomes part of the key under which Numba caches it."""
+
     def forward(params):
         """A worker; one task is one block of tokens of one image, in all directions."""
         a, counters = carray(params, 1)[0], address_of(params)
@@ -167,6 +170,8 @@ def make_forward(stamp):
 
 
 def make_backward(stamp):
+    """Makes the backward worker; ``stamp`` as in :func:`make_forward`."""
+
     def backward(params):
         """A worker; tasks as in ``forward``."""
         a, counters = carray(params, 1)[0], address_of(params)

@@ -54,7 +54,7 @@ def _grid(x: Tensor, shape: Shape) -> tuple[int, int, int]:
 
 
 def _bias_strides(bias: Tensor | None) -> tuple[int, int]:
-    return (0, 0) if bias is None else bias.stride()
+    return (0, 0) if bias is None else (bias.stride(0), bias.stride(1))
 
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, padding: str, silu: bool) -> Tensor:

@@ -66,6 +66,16 @@ def load_row(p, i, L, m_d):
 
 
 @triton.jit
+def first_window(p_x, i_0, L, m_d, F: tl.constexpr):
+    """The H - 1 rows that the window of token i_0 shares with that of the token before it."""
+    H: tl.constexpr = F.H
+    window = ()
+    for i in tl.static_range(H - 1):
+        window = window + (load_row(p_x + (i - F.LEFT) * F.S_X, i_0 + (i - F.LEFT), L, m_d),)
+    return window
+
+
+@triton.jit
 def load_taps(weight, s_w, o_d, m_d, F: tl.constexpr):
     """K * W vectors in the order of the window's rows."""
     K: tl.constexpr = F.K
@@ -81,6 +91,7 @@ def load_taps(weight, s_w, o_d, m_d, F: tl.constexpr):
 
 @triton.jit
 def load_bias(bias, s_bias, o_d, m_d, F: tl.constexpr):
+    """K vectors; zeros where there is no bias."""
     K: tl.constexpr = F.K
     rows = ()
     for k in tl.static_range(K):
@@ -93,6 +104,7 @@ def load_bias(bias, s_bias, o_d, m_d, F: tl.constexpr):
 
 @triton.jit
 def last_rows(rows, N: tl.constexpr, SKIP: tl.constexpr):
+    """The N rows behind the first SKIP ones."""
     kept = ()
     for i in tl.static_range(N):
         kept = kept + (rows[SKIP + i],)
@@ -114,7 +126,6 @@ def conv_forward_kernel(
     x, weight, bias, y, NB, L, CH, n_chunks, s_x, s_w, s_bias, F: tl.constexpr, U: tl.constexpr
 ):  # fmt: skip
     """U tokens a turn: their loads are in flight together, and all stores come after them."""
-    H: tl.constexpr = F.H
     K: tl.constexpr = F.K
     o_d, m_d, i_b, _, i_0, n_rows = work_of_program(L, CH, n_chunks, F)
     RIGHT: tl.constexpr = F.H - 1 - F.LEFT
@@ -123,9 +134,7 @@ def conv_forward_kernel(
     p_x = x + i_b * s_x + i_0.to(tl.int64) * F.S_X + o_d
     p_y = y + (i_b * L + i_0) * F.D + o_d
     s_k = NB.to(tl.int64) * L * F.D
-    window = ()
-    for i in tl.static_range(H - 1):
-        window = window + (load_row(p_x + (i - F.LEFT) * F.S_X, i_0 + (i - F.LEFT), L, m_d),)
+    window = first_window(p_x, i_0, L, m_d, F)
     for i in range(0, n_rows, U):
         rows = window
         for u in tl.static_range(U):
@@ -146,6 +155,35 @@ def conv_forward_kernel(
         p_y += U * F.D
 
 
+@triton.jit
+def add_to_reached(b_dx, taps, b_g, u, k, N: tl.constexpr, F: tl.constexpr):
+    """Adds the gradient at a result of direction k to those of the W of N rows that it was computed from."""
+    new_dx = ()
+    for r in tl.static_range(N):
+        if r >= u + k * (F.H - F.W) and r < u + k * (F.H - F.W) + F.W:
+            new_dx = new_dx + (b_dx[r] + taps[k * F.W + r - u - k * (F.H - F.W)] * b_g,)
+        else:
+            new_dx = new_dx + (b_dx[r],)
+    return new_dx
+
+
+@triton.jit
+def add_to_weights(dw, dbias, rows, own, u, k, F: tl.constexpr):
+    """Adds the gradient at a result of direction k to those of its weights and bias."""
+    K: tl.constexpr = F.K
+    W: tl.constexpr = F.W
+    new_dw = ()
+    new_dbias = ()
+    for q in tl.static_range(K):
+        for t in tl.static_range(W):
+            if q == k:
+                new_dw = new_dw + (dw[q * F.W + t] + own * rows[u + k * (F.H - F.W) + t],)
+            else:
+                new_dw = new_dw + (dw[q * F.W + t],)
+        new_dbias = new_dbias + (dbias[q] + own if q == k else dbias[q],)
+    return new_dw, new_dbias
+
+
 @triton.jit(do_not_specialize=['NB', 'L', 'CH', 'n_chunks'])
 def conv_backward_kernel(
     x, weight, bias, dy, dx, parts, NB, L, CH, n_chunks, s_x, s_w, s_bias, s_dy, S_DY: tl.constexpr,
@@ -163,9 +201,7 @@ def conv_backward_kernel(
     p_x = x + i_b * s_x + i_0.to(tl.int64) * F.S_X + o_d
     p_dy = dy + i_b * s_dy[1] + i_0.to(tl.int64) * S_DY + o_d
     p_dx = dx + (i_b * L + i_0 - F.LEFT) * F.D + o_d
-    window = ()
-    for i in tl.static_range(H - 1):
-        window = window + (load_row(p_x + (i - F.LEFT) * F.S_X, i_0 + (i - F.LEFT), L, m_d),)
+    window = first_window(p_x, i_0, L, m_d, F)
     reached = zero_rows(F.H - 1, F.BD)  # gradients of the window's rows, as far as tokens were visited
     dw = zero_rows(F.K * F.W, F.BD)
     dbias = zero_rows(F.K, F.BD)
@@ -186,24 +222,8 @@ def conv_backward_kernel(
                     b_sig = sigmoid(b_a, F.FAST)
                     b_g *= b_sig * (1.0 + b_a * (1.0 - b_sig))
                 own = tl.where(inside, b_g, 0.0)
-                new_dx = ()
-                for r in tl.static_range(H - 1 + U):
-                    if r >= u + k * (F.H - F.W) and r < u + k * (F.H - F.W) + F.W:
-                        new_dx = new_dx + (b_dx[r] + taps[k * F.W + r - u - k * (F.H - F.W)] * b_g,)
-                    else:
-                        new_dx = new_dx + (b_dx[r],)
-                b_dx = new_dx
-                new_dw = ()
-                new_dbias = ()
-                for q in tl.static_range(K):
-                    for t in tl.static_range(W):
-                        if q == k:
-                            new_dw = new_dw + (dw[q * F.W + t] + own * rows[u + k * (F.H - F.W) + t],)
-                        else:
-                            new_dw = new_dw + (dw[q * F.W + t],)
-                    new_dbias = new_dbias + (dbias[q] + own if q == k else dbias[q],)
-                dw = new_dw
-                dbias = new_dbias
+                b_dx = add_to_reached(b_dx, taps, b_g, u, k, H - 1 + U, F)
+                dw, dbias = add_to_weights(dw, dbias, rows, own, u, k, F)
         for u in tl.static_range(U):
             m = within(i + u, F.H - 1, F.H - 1 + n_rows, m_d)
             tl.store(p_dx + u * F.D, b_dx[u].to(dx.dtype.element_ty), mask=m)

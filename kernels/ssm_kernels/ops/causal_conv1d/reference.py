@@ -36,7 +36,7 @@ def causal_conv1d_reference(x: Tensor, weight: Tensor, bias: Tensor | None, padd
             taps = weight[k].flip(1) if direction == 'anticausal' else weight[k]
             left = {'causal': W - 1, 'anticausal': 0, 'same': (W - 1) // 2}[direction]
             padded = F.pad(x_wide, (0, 0, left, W - 1 - left))
-            y = sum(padded[:, j : j + L] * taps[:, j] for j in range(W))
+            y = sum((padded[:, j : j + L] * taps[:, j] for j in range(W)), x_wide.new_zeros(()))
             if bias is not None:
                 y = y + bias[k].to(dtype)
             ys.append(F.silu(y) if silu else y)

@@ -90,6 +90,9 @@ def mamba_inner(
     the gate. Where no gradient is needed one fused kernel runs, on the devices that have one; otherwise this is
     composed of the convolutions and scans of this package, with the same result up to rounding.
 
+    Source: Mamba, arXiv 2312.00752, figure 3 and algorithm 2; both directions: Vision Mamba, arXiv 2401.09417,
+    algorithm 1.
+
     Args:
         x: (B, L, D), float32, float16, bfloat16 or float64; the result has this dtype. Strides of B and L are free.
             Under autocast float32 tensors are taken in the autocast dtype; weights of convolution and scan keep theirs.
@@ -101,7 +104,7 @@ def mamba_inner(
         backend: 'triton', 'numba' or 'torch'; None takes the first that can run these tensors.
 
     Returns:
-        (B, L, D).
+        (B, L, D) in x's dtype, or autocast's.
 
     Raises:
         ValueError: if a shape, dtype, device or option does not fit, naming the argument; or for an unknown backend.
@@ -159,13 +162,14 @@ def _check(
         fail(op, 'reverse' if reverse else 'padding', 'is for one direction, weights has 2')
     if reverse and padding == 'same':
         fail(op, 'reverse', "is for padding='causal'")
-    legal, wanted = parameter_dtypes(x), ()
+    legal = parameter_dtypes(x)
+    wanted: tuple[tuple[int, ...], ...] = ()
     for names, w in zip(_NAMES, weights, strict=False):
         for (name, optional), tensor in zip(names, w, strict=True):
             check_beside(op, name, tensor, x, legal, optional=optional)
         wanted = wanted or _shapes(op, w, x.shape[2])
-        for (name, _), tensor, shape in zip(names, w, wanted, strict=True):
-            check_shape(op, name, tensor, shape, x)
+        for (name, _), tensor, sizes in zip(names, w, wanted, strict=True):
+            check_shape(op, name, tensor, sizes, x)
 
 
 def _shapes(op: str, first: DirectionWeights, dim: int) -> tuple[tuple[int, ...], ...]:

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -40,15 +40,15 @@ def mamba_inner_composed(
     return bidirectional_selective_scan(u, dt, A, B, C, D, z, dt_bias, dt_softplus=True, scale=scale, backend=backend)
 
 
-def _stack(x: Tensor, weights: Sequence[Tensor | None]) -> Tensor | None:
-    """One weight of both directions; where only one direction has it, that of the other one is zero."""
+def _stack(x: Tensor, weights: Sequence[Tensor | None]) -> Any:
+    """One weight of both directions, zero for a direction without it; None if neither has it."""
     some = next((w for w in weights if w is not None), None)
     if some is None:
         return None
-    weights = [torch.zeros_like(some) if w is None else w for w in weights]
+    both = [torch.zeros_like(some) if w is None else w for w in weights]
     if autocast_dtype(x) is not None:  # which refuses to stack float16 where it makes bfloat16, and the reverse
-        weights = [w.float() for w in weights]
-    return torch.stack(weights)
+        both = [w.float() for w in both]
+    return torch.stack(both)
 
 
 def _project(x: Tensor, weight: Tensor) -> Tensor:

@@ -26,8 +26,8 @@ def _forward(x: Tensor, z: Tensor | None, weights: list[Tensor], scale: float, r
     batch, length, dim = x.shape
     dtype = x.dtype
     x, z = rows(x), rows(z)
-    weights = [whole(w) if w.numel() else None for w in weights]
     n, rank, width = weights[4].shape[1], weights[3].shape[1], weights[0].shape[1]
+    weights = [whole(w) for w in weights]
     K = len(weights) // len(WORDS)
     if dim % HALF:
         for i in range(2, len(weights), len(WORDS)):
@@ -44,9 +44,9 @@ def _forward(x: Tensor, z: Tensor | None, weights: list[Tensor], scale: float, r
     if z is not None:
         fields |= {'z': z.data_ptr(), 'z_b': 4 * z.stride(0), 'z_l': 4 * z.stride(1)}
     for word, w in zip(WORDS, weights, strict=False):
-        fields[word] = address(w)
+        fields[word] = address(w if w.numel() else None)
     for word, w in zip(WORDS, weights[len(WORDS) :], strict=False):
-        fields[f'{word}_b'] = address(w)
+        fields[f'{word}_b'] = address(w if w.numel() else None)
     blocks = -(-length // cpu_kernel.BLOCK)
     cpu_kernel.project(cpu_kernel.project_scratch_bytes(dim), K * batch * blocks, fields)
     cpu_kernel.scan(cpu_kernel.scan_scratch_bytes(n, rank, slab), batch * -(-tiles // slab), fields)

@@ -61,10 +61,12 @@ PARAMS = params_dtype(
 
 
 def project_scratch_bytes(D: int) -> int:
+    """Bytes of scratch memory of a task of ``project``: u of a block, padded, and the convolution of a tile."""
     return (BLOCK + 3) * padded(D) * FB + VB * (MAX_WIDTH + 2)
 
 
 def padded(D: int) -> int:
+    """D rounded up to whole vectors."""
     return -(-D // LANES) * LANES
 
 
@@ -99,6 +101,7 @@ def dot_rows(p_u, s_u, p_w, s_w, rows_w, p_out, s_out, rows_u):
 
 @inline
 def put_sums(p_out, v0, v1, v2, m):
+    """Writes the sums of the first m of three accumulators, neighbours in memory."""
     put(p_out, half_sum(v0))
     if m > 1:
         put(p_out + FB, half_sum(v1))
@@ -135,6 +138,8 @@ def project_block(a, k, i_b, l0, scratch):
 
 
 def make_project(stamp):
+    """Makes the worker of the first pass; ``stamp`` becomes part of the key under which Numba caches it."""
+
     def project(params):
         """A worker; one task is one block of tokens of one image in one direction."""
         a, counters = carray(params, 1)[0], address_of(params)
@@ -157,10 +162,12 @@ O_DL, O_DU, O_Y = 0, VB, 2 * VB
 
 @function
 def tile_bytes(N, R):
+    """Bytes of what a tile keeps from chunk to chunk: A, h, dt_proj, convolution, largest A, skip, dt bias."""
     return VB * (2 * N + R + MAX_WIDTH + 4)
 
 
 def scan_scratch_bytes(N: int, R: int, slab: int) -> int:
+    """Bytes of scratch memory of a task of ``scan``: rows of a chunk, a spare vector, the tiles."""
     return CH * (ROW + VB) + VB + slab * VB * (2 * N + R + MAX_WIDTH + 4)
 
 
@@ -274,6 +281,8 @@ def scan_slab(a, i_b, i_s, rows):
 
 
 def make_scan(stamp):
+    """Makes the worker of the second pass; ``stamp`` as in :func:`make_project`."""
+
     def scan(params):
         """A worker; one task is a slab of channels of one image in all directions."""
         a, counters = carray(params, 1)[0], address_of(params)

@@ -8,6 +8,7 @@ Source: Mamba, arXiv 2312.00752, equation 2 and algorithm 2.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal, overload
 
 from torch import Tensor
 
@@ -31,6 +32,7 @@ MAX_STATE_SIZE = 256
 
 
 def scan_triton_why_not(u: Tensor, n: int) -> str | None:
+    """Why the Triton scan cannot run tensors like u with n states; None if it can."""
     if n > 64:
         return f'the state size is {n}; the kernel takes up to 64'
     return triton_why_not(u, n)
@@ -55,6 +57,18 @@ BACKENDS = (
 )
 
 
+@overload
+def selective_scan(
+    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = ..., z: Tensor | None = ...,
+    dt_bias: Tensor | None = ..., *, dt_softplus: bool = ..., reverse: bool = ...,
+    return_last_state: Literal[False] = ..., backend: str | None = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def selective_scan(
+    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = ..., z: Tensor | None = ...,
+    dt_bias: Tensor | None = ..., *, dt_softplus: bool = ..., reverse: bool = ..., return_last_state: Literal[True],
+    backend: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def selective_scan(
     u: Tensor,
     dt: Tensor,
@@ -79,8 +93,9 @@ def selective_scan(
             float32 activations are taken in the autocast dtype; the parameters keep theirs.
         dt: step sizes before bias and softplus, (B, L, D), dtype of u.
         A: (D, N), float32 or dtype of u.
-        B, C: (B, L, N) shared by all channels or (B, L, G, N) for G groups of D/G neighbouring channels, dtype of u;
-            or (D, N) constant over the tokens, float32 or dtype of u.
+        B: (B, L, N) shared by all channels or (B, L, G, N) for G groups of D/G neighbouring channels, dtype of u; or
+            (D, N) constant over the tokens, float32 or dtype of u.
+        C: as B, but need not be of the same kind.
         D: weights of the skip connection, (D), float32 or dtype of u; None for no skip.
         z: gate (B, L, D), dtype of u; None for no gate.
         dt_bias: (D), float32 or dtype of u.
@@ -100,8 +115,9 @@ def selective_scan(
     check_flag(op, 'reverse', reverse)
     check_flag(op, 'return_last_state', return_last_state)
     _check(op, (), u, dt, A, B, C, D, z, dt_bias, dt_softplus)
-    stacked = [None if x is None else x.unsqueeze(0) for x in (u, dt, A, B, C, D, dt_bias)]
-    y, state = _run(op, backend, *stacked[:6], z, stacked[6], dt_softplus, reverse, 1.0)
+    u, dt, A, B, C = (x.unsqueeze(0) for x in (u, dt, A, B, C))
+    D, dt_bias = (None if x is None else x.unsqueeze(0) for x in (D, dt_bias))
+    y, state = _run(op, backend, u, dt, A, B, C, D, z, dt_bias, dt_softplus, reverse, 1.0)
     return (y, state.squeeze(0)) if return_last_state else y
 
 
@@ -121,25 +137,31 @@ def bidirectional_selective_scan(
 ) -> Tensor:
     """``scale * (y_0 + y_1) * silu(z)`` of a scan from left to right and one from right to left, nothing flipped.
 
+    Source: Vision Mamba, arXiv 2401.09417, algorithm 1.
+
     Arguments as in :func:`selective_scan` with one leading dimension of size 2 for the direction: index 0 runs from
     the first token to the last, index 1 from the last to the first. A direction that shares a tensor with the other
     may pass an expanded view.
 
     Args:
-        u, dt: (2, B, L, D).
+        u: (2, B, L, D).
+        dt: (2, B, L, D).
         A: (2, D, N).
-        B, C: (2, B, L, N), (2, B, L, G, N) or (2, D, N).
-        D, dt_bias: (2, D).
+        B: (2, B, L, N), (2, B, L, G, N) or (2, D, N).
+        C: as B.
+        D: (2, D).
         z: gate (B, L, D), shared by both directions.
+        dt_bias: (2, D).
         dt_softplus: whether delta is softplus(dt + dt_bias).
         scale: factor of the result, 0.5 for the mean of both directions.
         backend: as in :func:`selective_scan`.
 
     Returns:
-        (B, L, D) in u's dtype.
+        (B, L, D) in u's dtype, or autocast's.
 
     Raises:
-        ValueError, RuntimeError: as :func:`selective_scan`.
+        ValueError: as :func:`selective_scan`.
+        RuntimeError: as :func:`selective_scan`.
     """
     op = 'bidirectional_selective_scan'
     check_number(op, 'scale', scale)
@@ -147,6 +169,16 @@ def bidirectional_selective_scan(
     return _run(op, backend, u, dt, A, B, C, D, z, dt_bias, dt_softplus, False, scale)[0]
 
 
+@overload
+def selective_scan_fn(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = ..., z: Tensor | None = ...,
+    delta_bias: Tensor | None = ..., delta_softplus: bool = ..., return_last_state: Literal[False] = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def selective_scan_fn(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = ..., z: Tensor | None = ...,
+    delta_bias: Tensor | None = ..., delta_softplus: bool = ..., *, return_last_state: Literal[True],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def selective_scan_fn(
     u: Tensor,
     delta: Tensor,
@@ -162,15 +194,20 @@ def selective_scan_fn(
     """:func:`selective_scan` with the signature and the channels-first layout of mamba_ssm's function of this name.
 
     Args:
-        u, delta, z: (B, D, L).
+        u: (B, D, L).
+        delta: (B, D, L).
         A: (D, N), real.
-        B, C: (D, N) constant, (B, N, L) shared or (B, G, N, L) grouped.
-        D, delta_bias: (D).
+        B: (D, N) constant, (B, N, L) shared or (B, G, N, L) grouped.
+        C: as B.
+        D: (D).
+        z: gate (B, D, L).
+        delta_bias: (D).
         delta_softplus: whether the step is softplus(delta + delta_bias).
         return_last_state: also return the state after the last token.
 
     Returns:
-        out (B, D, L) in u's dtype, or (out, last_state) with last_state (B, D, N) in float32.
+        out (B, D, L) in u's dtype, or (out, last_state) with last_state (B, D, N) in float32
+        (float64 for float64 input).
 
     Raises:
         ValueError: if a shape, dtype or device does not fit, naming the argument.
@@ -178,30 +215,20 @@ def selective_scan_fn(
     op = 'selective_scan_fn'
     check_flag(op, 'return_last_state', return_last_state)
     _check(op, (), u, delta, A, B, C, D, z, delta_bias, delta_softplus, channels_first=True)
-    last = [None if x is None else x.transpose(1, 2) for x in (u, delta, z)]
+    z = None if z is None else z.mT
     B, C = (x if x.dim() == 2 else x.movedim(-1, 1) for x in (B, C))
     y, state = selective_scan(
-        last[0], last[1], A, B, C, D, last[2], delta_bias, dt_softplus=delta_softplus, return_last_state=True
+        u.mT, delta.mT, A, B, C, D, z, delta_bias, dt_softplus=delta_softplus, return_last_state=True
     )
-    y = y.transpose(1, 2).contiguous()
+    y = y.mT.contiguous()
     return (y, state) if return_last_state else y
 
 
 def _run(
-    op: str,
-    forced: str | None,
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    reverse: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+    op: str, forced: str | None,
+    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, dt_bias: Tensor | None,
+    dt_softplus: bool, reverse: bool, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Dispatches K stacked directions: one shape of call for every backend."""
     low = autocast_dtype(u)
     if low is not None:
@@ -214,19 +241,10 @@ def _run(
 
 
 def _check(
-    op: str,
-    lead: tuple[int, ...],
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    channels_first: bool = False,
-) -> None:
+    op: str, lead: tuple[int, ...],
+    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, dt_bias: Tensor | None,
+    dt_softplus: bool, channels_first: bool = False,
+) -> None:  # fmt: skip
     """Raises ValueError at the first argument that does not fit, with both shapes and what is legal."""
     dt_name, bias_name = ('delta', 'delta_bias') if channels_first else ('dt', 'dt_bias')
     check_flag(op, f'{dt_name}_softplus', dt_softplus)
@@ -244,9 +262,7 @@ def _check(
     if u.dim() != 3 + len(lead) or u.shape[: len(lead)] != lead:
         tokens = ('B', 'D', 'L') if channels_first else ('B', 'L', 'D')
         fail(op, 'u', f'has shape {shape_of(u)}, must be ({", ".join(map(str, lead + tokens))})')
-    batch, length, dim = u.shape[len(lead) :]
-    if channels_first:
-        length, dim = dim, length
+    dim = u.shape[-2 if channels_first else -1]
     check_same_shape(op, dt_name, dt, u, 'u')
     check_shape(op, 'z', z, u.shape[len(lead) :], u, 'u')
     check_shape(op, 'A', A, (*lead, dim), u, 'u', free='N')

@@ -47,19 +47,9 @@ class _Inputs:
 
 
 def _forward(
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    reverse: bool,
-    scale: float,
-    save_states: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, dt_bias: Tensor | None,
+    dt_softplus: bool, reverse: bool, scale: float, save_states: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     x = _Inputs(u, dt, A, B, C, D, z, dt_bias, dt_softplus, reverse, scale)
     out, last = empty(x.B, x.L, x.D), empty(x.K, x.B, x.D, x.N)
     states = empty(x.K * x.B * x.chunks * x.N * x.D if save_states else 0)
@@ -74,21 +64,10 @@ def _forward(
 
 
 def _backward(
-    dy: Tensor | None,
-    dlast: Tensor | None,
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    states: Tensor,
-    dt_softplus: bool,
-    reverse: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dy: Tensor | None, dlast: Tensor | None,
+    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, dt_bias: Tensor | None,
+    states: Tensor, dt_softplus: bool, reverse: bool, scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     x = _Inputs(u, dt, A, B, C, D, z, dt_bias, dt_softplus, reverse, scale)
     slabs = -(-x.D // x.G // (cpu_kernel.LANES * cpu_kernel.SLAB))
     dy = torch.zeros(x.B, x.L, x.D) if dy is None else whole(dy)

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from itertools import repeat
+
 import torch
 import triton
 from torch import Tensor
@@ -50,19 +52,12 @@ class Operands:
         self.Dw = None if D is None else dense_rows(D)
         self.bias = None if dt_bias is None else dense_rows(dt_bias)
         self.s_u, self.s_dt, self.s_A = self.u.stride()[:2], self.dt.stride()[:2], self.A.stride()
-        self.s_z = 0 if z is None else self.z.stride(0)
-        self.s_D = 0 if D is None else self.Dw.stride(0)
-        self.s_bias = 0 if dt_bias is None else self.bias.stride(0)
+        self.s_z, row_z = (0, 0) if self.z is None else (self.z.stride(0), self.z.stride(1))
+        self.s_D = 0 if self.Dw is None else self.Dw.stride(0)
+        self.s_bias = 0 if self.bias is None else self.bias.stride(0)
         self.Bx, self.s_B, row_B, pack_B = self._token_matrix(B)
         self.Cx, self.s_C, row_C, pack_C = self._token_matrix(C)
-        self.rows = RowStrides(
-            u=self.u.stride(2),
-            dt=self.dt.stride(2),
-            z=0 if z is None else self.z.stride(1),
-            B=row_B,
-            C=row_C,
-            dy=0,
-        )
+        self.rows = RowStrides(u=self.u.stride(2), dt=self.dt.stride(2), z=row_z, B=row_B, C=row_C, dy=0)
         self.dg = self.D // self.G
         self.shape = Shape(
             K=self.K,
@@ -94,23 +89,14 @@ class Operands:
         return x, (s_k, s_b, s_g), s_l, widest_pack(self.N, x, (s_k, s_b, s_l, s_g))
 
     def tiled(self, width: int) -> Shape:
+        """The shape with tiles of so many channels."""
         return self.shape._replace(BD=width, T=self.G * -(-self.dg // width))
 
 
 def _forward(
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    reverse: bool,
-    scale: float,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, dt_bias: Tensor | None,
+    dt_softplus: bool, reverse: bool, scale: float, save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     x = Operands(u, dt, A, B, C, D, z, dt_bias, dt_softplus, reverse)
     width = 64 if torch.version.hip or (x.N <= 16 and x.dg % 64 == 0 and x.B * x.D // 64 >= TARGET_PROGRAMS) else 32
     shape = x.tiled(width)
@@ -151,16 +137,10 @@ def _options(shape: Shape) -> dict[str, int | bool]:
 
 
 def _pass_states(
-    x: Operands,
-    shape: Shape,
-    states: Tensor,
-    sums: Tensor,
-    init: Tensor | None,
-    per_chunk: int,
-    n_chunks: int,
-    n_states: int,
-    adjoint: bool,
-) -> None:
+    x: Operands, shape: Shape, states: Tensor, sums: Tensor, init: Tensor | None, per_chunk: int, n_chunks: int,
+    n_states: int, adjoint: bool,
+) -> None:  # fmt: skip
+    """Turns the local ends of chunks into true starts, in place."""
     BX = 64
     pass_state_kernel[(triton.cdiv(x.D * x.N, BX) * x.B * x.K,)](
         x.A, states, sums, init, x.B, per_chunk, n_chunks, n_states, x.s_A, init is not None, adjoint, shape,
@@ -169,21 +149,10 @@ def _pass_states(
 
 
 def _backward(
-    dy: Tensor | None,
-    dlast: Tensor | None,
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    states: Tensor,
-    dt_softplus: bool,
-    reverse: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dy: Tensor | None, dlast: Tensor | None,
+    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, dt_bias: Tensor | None,
+    states: Tensor, dt_softplus: bool, reverse: bool, scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     x = Operands(u, dt, A, B, C, D, z, dt_bias, dt_softplus, reverse)
     dy = torch.zeros_like(u[0]) if dy is None else dense_rows(dy)
     rows = x.rows._replace(dy=dy.stride(1))
@@ -217,11 +186,12 @@ def _backward(
             **({'maxnreg': MAX_BACKWARD_REGISTERS} if shape.FAST else {}),
         )  # fmt: skip
 
-    if z is None:
+    if z is None or dz is None:
         dz = u.new_empty(0)
     else:
         dz = dz.view(z.shape) if x.K == 1 else dz.sum(0).to(z.dtype)
-    return du, ddt, *(_total(*pair, u) for pair in ((dA, A), (dB, B), (dC, C), (dD, D))), dz, _total(dbias, dt_bias, u)
+    dA, dB, dC, dD, dbias = map(_total, (dA, dB, dC, dD, dbias), (A, B, C, D, dt_bias), repeat(u))
+    return du, ddt, dA, dB, dC, dD, dz, dbias
 
 
 def _tile_backward(x: Operands, constant: bool) -> tuple[Shape, int, int, int]:

@@ -58,9 +58,9 @@ class RowStrides(NamedTuple):
 
 @triton.jit
 def tile_of_channels(i_t, F: tl.constexpr):
-    """Group, channels and mask of tile i_t. A tile never holds channels of two groups."""
+    """Group, channels and mask of tile i_t. A tile never holds channels of two groups, so its B and C are scalars."""
     o_d = tl.arange(0, F.BD)
-    if F.DG % F.BD == 0:
+    if F.DG % F.BD == 0:  # no mask then: the compiler drops all comparisons
         m_d = tl.full([F.BD], True, tl.int1)
         i_g = i_t * F.BD // F.DG
         o_d += i_t * F.BD
@@ -74,12 +74,14 @@ def tile_of_channels(i_t, F: tl.constexpr):
 
 @triton.jit
 def load_float(p, m_d):
+    """A vector as float32, zero where the mask is off."""
     return tl.load(p, mask=m_d, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def load_rows(p, s_d, s_n, o_d, m_d, F: tl.constexpr):
-    W: tl.constexpr = triton.next_power_of_2(F.N)
+    """N vectors of channels from a matrix (D, N) with these strides."""
+    W: tl.constexpr = triton.next_power_of_2(F.N)  # tiles need powers of 2; split_columns drops what is too much
     o_n = tl.arange(0, W)
     m = m_d[:, None] & (o_n < F.N)[None, :]
     tile = tl.load(p + o_d[:, None] * s_d + o_n[None, :] * s_n, mask=m, other=0.0).to(tl.float32)
@@ -88,6 +90,7 @@ def load_rows(p, s_d, s_n, o_d, m_d, F: tl.constexpr):
 
 @triton.jit
 def store_rows(p, rows, o_d, m_d, F: tl.constexpr):
+    """Writes N vectors of channels to a contiguous matrix (D, N)."""
     W: tl.constexpr = triton.next_power_of_2(F.N)
     o_n = tl.arange(0, W)
     tile = join_columns(rows, 0, 1, F.N, W)
@@ -101,7 +104,7 @@ def decay_rows(p, s_d, s_n, o_d, m_d, F: tl.constexpr):
     rows = ()
     columns = load_rows(p, s_d, s_n, o_d, m_d, F)
     for n in tl.static_range(N):
-        rows = rows + (columns[n] * LOG2E,)
+        rows = rows + (columns[n] * LOG2E,)  # once a chunk, so that a step needs one instruction, 2^x, for its decay
     return rows
 
 
@@ -120,6 +123,7 @@ def token_row(p, o_d, m_d, PACK: tl.constexpr, F: tl.constexpr):
 
 @triton.jit
 def step_size(p, b_bias, m_d, F: tl.constexpr):
+    """delta of a tile at one token, in float32."""
     b_dl = load_float(p, m_d)
     if F.HAS_BIAS:
         b_dl += b_bias
@@ -145,6 +149,7 @@ def state_steps(
     h, b_sum, b_A, b_bias, p_x, p_dt, p_z, p_R, scale, i, o_d, m_d, STEPS: tl.constexpr, RIGHT: tl.constexpr,
     S_x: tl.constexpr, S_R: tl.constexpr, PACK: tl.constexpr, ADJOINT: tl.constexpr, S: tl.constexpr, F: tl.constexpr,
 ):  # fmt: skip
+    """STEPS tokens of step 1, unrolled: the states and the sum of delta after them."""
     N: tl.constexpr = F.N
     for j in tl.static_range(STEPS):
         o = (i + j) * RIGHT
@@ -153,7 +158,7 @@ def state_steps(
         b_R = token_row(p_R + o * S_R, o_d, m_d, PACK, F)
         b_sum += b_dl
         new = ()
-        if ADJOINT:
+        if ADJOINT:  # g_l = o_l C_l + a_{l+1} g_{l+1}, kept as a_l g_l: so the decay comes last
             b_x *= scale
             if F.HAS_Z:
                 b_z = load_float(p_z + o * S.z + o_d, m_d)
@@ -174,6 +179,7 @@ def chunk_state(
     s_x, s_dt, s_A, s_R, s_z, s_bias, RIGHT: tl.constexpr, S_x: tl.constexpr, S_R: tl.constexpr, PACK: tl.constexpr,
     ADJOINT: tl.constexpr, S: tl.constexpr, F: tl.constexpr, U: tl.constexpr,
 ):  # fmt: skip
+    """Step 1 for chunk i_c: its local end becomes state i_to, its sum of delta goes to ``sums``."""
     i_g, o_d, m_d = tile_of_channels(i_t, F)
     n_steps = tl.minimum(CH, L - i_c * CH).to(tl.int64)
     row = i_c.to(tl.int64) * CH + (0 if RIGHT == 1 else n_steps - 1)
@@ -190,6 +196,7 @@ def chunk_state(
     h = zero_rows(F.N, F.BD)
     BD: tl.constexpr = F.BD
     b_sum = tl.zeros([BD], tl.float32)
+    # a loop of whole turns and a short one for the rest: masking tokens past the end would cost in every step
     n_unrolled = n_steps // U * U
     for i in range(0, n_unrolled, U):
         h, b_sum = state_steps(
@@ -222,6 +229,7 @@ def chunk_state_kernel(
     i_kb = (pid // F.T // (n_chunks - 1)).to(tl.int64)
     i_k = i_kb // NB
     i_b = i_kb % NB
+    # two copies of the code: with their signs compiled in, row strides are offsets inside load instructions
     if walks_left(i_k, ADJOINT, F) == 1:
         i_to = tl.minimum((n_chunks - 1 - j) * R, n_states) - 1
         chunk_state(
@@ -257,6 +265,7 @@ def pass_state_kernel(
     left = walks_left(i_k, ADJOINT, F)
     i_0 = left * (tl.minimum(n_chunks * R, n_states) - 1)
     tl.store(p_state + i_0 * F.N * F.D, h, mask=m_x)
+    # U chunks a turn: their loads are in flight together before the chain of multiplications needs them
     for j in range(1, n_chunks, U):
         b_a = ()
         b_s = ()
@@ -278,6 +287,7 @@ def scan_steps(
     h, b_A, b_D, b_bias, p_u, p_dt, p_z, p_B, p_C, p_y, p_acc, scale, i, o_d, m_d, STEPS: tl.constexpr,
     I_K: tl.constexpr, RIGHT: tl.constexpr, S: tl.constexpr, F: tl.constexpr,
 ):  # fmt: skip
+    """STEPS tokens of step 3, unrolled, with their outputs: the states after them."""
     N: tl.constexpr = F.N
     ys = ()
     for j in tl.static_range(STEPS):
@@ -294,7 +304,7 @@ def scan_steps(
         b_y = h[0] * b_C[0]
         for n in tl.static_range(1, N):
             b_y += h[n] * b_C[n]
-        if F.HAS_D:
+        if F.HAS_D:  # after the sum over the states, whose small terms would lose digits beside it
             b_y += b_D * b_u
         if I_K > 0:
             b_y += tl.load(p_acc + o * F.D + o_d, mask=m_d, other=0.0)
@@ -320,6 +330,7 @@ def scan_direction(
     s_u, s_dt, s_A, s_B, s_C, s_D, s_z, s_bias, I_K: tl.constexpr, RIGHT: tl.constexpr, CHUNKED: tl.constexpr,
     SAVE: tl.constexpr, S: tl.constexpr, F: tl.constexpr, U: tl.constexpr,
 ):  # fmt: skip
+    """Step 3 for direction I_K of chunk i_c, block by block."""
     i_g, o_d, m_d = tile_of_channels(i_t, F)
     n_blocks = tl.minimum(R, tl.cdiv(L, CB) - i_c * R).to(tl.int64)
     i_first = i_c * R + (0 if RIGHT == 1 else n_blocks - 1)
@@ -341,7 +352,7 @@ def scan_direction(
     if F.HAS_BIAS:
         b_bias = load_float(bias + I_K * s_bias + o_d, m_d)
     p_state = states + ((I_K * NB + i_b) * n_states + i_first) * F.N * F.D
-    if CHUNKED:
+    if CHUNKED:  # the first block's state comes from step 2
         h = load_rows(p_state, F.N, 1, o_d, m_d, F)
     else:
         h = zero_rows(F.N, F.BD)

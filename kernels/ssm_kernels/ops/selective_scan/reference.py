@@ -7,6 +7,8 @@ Source: Mamba, arXiv 2312.00752, equation 2 and algorithm 2.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -28,11 +30,14 @@ def selective_scan_reference(
     """K scans over the same tokens, gated and summed: ``scale * (y_0 + ... + y_{K-1}) * silu(z)``.
 
     Args:
-        u, dt: (K, B, L, D).
+        u: (K, B, L, D).
+        dt: (K, B, L, D).
         A: (K, D, N).
-        B, C: (K, B, L, G, N) per token, or (K, D, N) constant.
-        D, dt_bias: (K, D) or None.
+        B: (K, B, L, G, N) per token, or (K, D, N) constant.
+        C: as B.
+        D: (K, D) or None.
         z: gate (B, L, D) or None.
+        dt_bias: (K, D) or None.
         dt_softplus: whether the step is softplus(dt + dt_bias) rather than dt + dt_bias.
         reverse: direction of the scan when K is 1; with K = 2 direction 0 runs left to right, 1 right to left.
         scale: factor of the result.
@@ -46,8 +51,8 @@ def selective_scan_reference(
     with torch.autocast('cpu' if u.is_meta else u.device.type, enabled=False):  # autocast does not know meta
         ys, states = [], []
         for k in range(u.shape[0]):
-            args = [None if x is None else x[k] for x in wide]
-            y, h = _scan_one(*args, dt_softplus, reverse if u.shape[0] == 1 else k == 1)
+            args: list[Any] = [None if x is None else x[k] for x in wide]
+            y, h = _scan_one(dt_softplus, reverse if u.shape[0] == 1 else k == 1, *args)
             ys.append(y)
             states.append(h)
         y = sum(ys[1:], ys[0])
@@ -59,16 +64,9 @@ def selective_scan_reference(
 
 
 def _scan_one(
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
+    dt_softplus: bool, reverse: bool, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
     dt_bias: Tensor | None,
-    dt_softplus: bool,
-    reverse: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """h_l = exp(delta_l A) h_{l-1} + delta_l B_l u_l,  y_l = <C_l, h_l> + D u_l."""
     delta = dt if dt_bias is None else dt + dt_bias
     if dt_softplus:
