@@ -8,10 +8,10 @@ from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
-from mmvim.checkpoints import Conversion, compare, find_state_dict, fit_to_classifier
 from mmvim.engine.complete import OTHER_HEADS, OTHER_PARTS, OTHER_TYPES
 from mmvim.errors import CheckpointError, ConfigError, DataError
 from mmvim.registry import HOOKS
+from mmvim.weights import Conversion, compare, find_state_dict, fit_to_classifier
 
 
 @HOOKS.register_module()

@@ -10,7 +10,6 @@ from mmengine.model import MMDistributedDataParallel, revert_sync_batchnorm
 from mmengine.runner import Runner as _Runner
 from torch import nn
 
-import mmvim.checkpoints  # noqa: F401  (reads checkpoints without running code from them)
 from mmvim.engine.complete import check_data_root, complete_config, completed_keys, dataset_of
 from mmvim.engine.config_files import check_read, config_files, follow_validation, runner_keys
 from mmvim.engine.empty_data import NUMPY_MESSAGE, explain_empty
