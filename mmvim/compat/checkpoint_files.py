@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from types import ModuleType
 
 from mmvim.compat.import_hook import when_imported
+from mmvim.errors import CheckpointError
 
 MODULE = 'mmengine.runner.checkpoint'
 
@@ -20,8 +21,7 @@ def read_checkpoints_safely() -> None:
 
 
 def _replace(host: ModuleType) -> None:
-    # light as it is, `import mmvim` must not load torch's and mmengine's parts that these need
-    from mmvim.errors import CheckpointError
+    # here and not above, so that `import mmvim` stays light: mmengine's runner has loaded by now all that these need
     from mmvim.weights.classifier import fit_to_classifier
     from mmvim.weights.reading import SOURCE, facts_of_file, part_of, read_from_http, read_from_local
 

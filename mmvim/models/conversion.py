@@ -1,9 +1,9 @@
 """Steps of converting and recognising weights that several families of backbones share."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmvim.errors import CheckpointError
 from mmvim.models.layers.positions import resize_pos_embed, square_grid
@@ -15,8 +15,8 @@ from mmvim.weights.fitting import Conversion
 OUTPUT_NORMS = tuple(f'outnorm{i}.{leaf}' for i in range(4) for leaf in ('weight', 'bias'))
 
 
-def drop_unbuilt(
-    state_dict: Mapping[str, Tensor], stages: str, built: int, norms: Sequence[str], optional: Sequence[str] = ()
+def drop_unbuilt_stages(
+    state_dict: Mapping[str, Tensor], stages: str, built: int, norms: Collection[str]
 ) -> Conversion:
     """Weights of a backbone in four stages for one with other outputs; a classifier's `head` is always dropped.
 
@@ -24,18 +24,35 @@ def drop_unbuilt(
         state_dict: weights by name.
         stages: name of the list of stages.
         built: stages that the target has. Those behind them are dropped, and what leads to them.
-        norms: norms behind stages that the target has; other `outnorm0` to `outnorm3` are dropped.
-        optional: further norms that are dropped where they are not among these.
+        norms: norms behind stages that the target has; other `outnorm0` to `outnorm3` and `norm` are dropped.
     """
     unbuilt = (*(f'{stages}.{i}.' for i in range(built, 4)), f'{stages}.{built - 1}.downsample.')
 
     def is_dropped(name: str) -> bool:
         first = name.partition('.')[0]
-        if first == 'head' or name.startswith(unbuilt):
-            return True
-        return (first.startswith('outnorm') or first in optional) and first not in norms
+        return first == 'head' or name.startswith(unbuilt) or (_is_output_norm(first) and first not in norms)
 
     return Conversion.without(state_dict, is_dropped)
+
+
+def _is_output_norm(name: str) -> bool:
+    return name == 'norm' or name.startswith('outnorm')
+
+
+def convert_stages(backbone: nn.Module, weights: Mapping[str, Tensor], metadata: Mapping) -> Conversion:
+    """`Family.convert` of backbones in four stages."""
+    norms = {name for name, _ in backbone.named_children() if _is_output_norm(name)}
+    built = len(getattr(backbone, backbone.BLOCKS))
+    return drop_unbuilt_stages(backbone.WEIGHTS.rename(weights), backbone.BLOCKS, built, norms)
+
+
+def stage_outputs(weights: Mapping[str, Tensor], depths: Sequence[int]) -> dict:
+    """Arguments by which a backbone in four stages of these depths, 0 if not built, has the outputs of a file."""
+    last = max(i for i, depth in enumerate(depths) if depth)
+    maps = tuple(i for i in range(4) if f'outnorm{i}.weight' in weights)
+    if 'norm.weight' in weights:
+        return dict(out_type='avg_featmap', out_indices=(last,))
+    return dict(out_type='featmap' if maps else 'raw', out_indices=tuple(sorted({*maps, last})))
 
 
 def count_blocks(state_dict: Mapping[str, Tensor], stages: str) -> tuple[int, ...]:

@@ -51,6 +51,12 @@ class Known:
     notes: list[str] = field(default_factory=list)
 
 
+def attributes(backbone: nn.Module) -> dict:
+    """Values of a backbone's hidden settings that are attributes of the same name, its `out_type` and its `grid`."""
+    names = ('out_type', 'grid', *(row.name for row in backbone.WEIGHTS.hidden))
+    return {name: getattr(backbone, name) for name in names if hasattr(backbone, name)}
+
+
 @dataclass(frozen=True)
 class Family:
     """How files fit the backbones of one family.
@@ -61,9 +67,9 @@ class Family:
             and shapes show; empty if the weights are of another family.
         convert: from a backbone, weights by published name, and their metadata to the backbone's own weights.
         hidden: the settings that neither names nor shapes show.
-        values: from a backbone to the values of its hidden settings, and what else it saves with its weights.
         recognise: from weights by published name and the sizes by name to the backbone that takes them; None if they
             are of another family.
+        values: from a backbone to the values of its hidden settings, and what else it saves with its weights.
         known: from the backbone, weights by published name, their metadata and the values of the backbone to the hidden
             settings of a file that did not save them.
         rename: from published names to ours.
@@ -79,8 +85,8 @@ class Family:
     read: Callable[[Mapping[str, Tensor], nn.Module | None], dict]
     convert: Callable[[nn.Module, Mapping[str, Tensor], Mapping], Conversion]
     hidden: tuple[HiddenSetting, ...]
-    values: Callable[[nn.Module], dict]
     recognise: Callable[[Mapping[str, Tensor], Mapping[str, Mapping]], Identity | None]
+    values: Callable[[nn.Module], dict] = attributes
     known: Callable[[nn.Module, Mapping[str, Tensor], Mapping, Values], Known] = lambda *_: Known()
     rename: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = dict
     arch: Mapping[str, object] = field(default_factory=dict)
@@ -88,6 +94,10 @@ class Family:
     lacking: Mapping[str, str] = field(default_factory=dict)
     foreign: Mapping[str, str] = field(default_factory=dict)
     may_miss: Iterable[str] = ()
+
+    def arguments(self, settings: Mapping) -> dict:
+        """Those of the settings that weights show which are no keys of `arch`."""
+        return {key: value for key, value in settings.items() if key not in self.arch}
 
     def size_of(self, arch_zoo: Mapping[str, Mapping], settings: Mapping) -> str | None:
         """The last name of the size with these settings, as far as they are keys of `arch`; None if there is none."""

@@ -109,6 +109,8 @@ class HierVim(HierarchicalBackbone):
         super().__init__(locals(), stride=patch_size)
         check_divide_output(divide_output, directions)
         self.patch_size = patch_size
+        if directions == 'v2':
+            self.divide_output = divide_output
         sizes = {key: self.settings[key] for key in ('d_state', 'd_conv', 'expand', 'dt_rank') if key in self.settings}
         mixer = dict(sizes, directions=directions, divide_output=divide_output, scan_backend=scan_backend)
         self.patch_embed = PatchEmbed(

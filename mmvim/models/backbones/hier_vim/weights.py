@@ -4,7 +4,13 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
-from mmvim.models.conversion import OUTPUT_NORMS, count_blocks, drop_unbuilt
+from mmvim.models.conversion import (
+    OUTPUT_NORMS,
+    convert_stages,
+    count_blocks,
+    drop_unbuilt_stages,
+    stage_outputs,
+)
 from mmvim.weights.family import Family, Identity
 from mmvim.weights.fitting import Conversion
 from mmvim.weights.settings import HiddenSetting, arguments, same_output, saved_values
@@ -30,12 +36,7 @@ def hier_vim_state_dict(
     Returns:
         The weights and the names dropped.
     """
-    return drop_unbuilt(state_dict, 'stages', num_stages, norms)
-
-
-def _convert(backbone: nn.Module, weights: Mapping[str, Tensor], metadata: Mapping) -> Conversion:
-    norms = [name for name, _ in backbone.named_children() if name.startswith('outnorm')]
-    return hier_vim_state_dict(weights, norms=norms, num_stages=len(backbone.stages))
+    return drop_unbuilt_stages(state_dict, 'stages', num_stages, norms)
 
 
 def _read(state_dict: Mapping[str, Tensor], backbone: nn.Module | None = None) -> dict:
@@ -59,28 +60,17 @@ def _read(state_dict: Mapping[str, Tensor], backbone: nn.Module | None = None) -
     }
 
 
-def _values(backbone: nn.Module) -> dict:
-    settings = {'out_type': backbone.out_type, 'out_indices': backbone.out_indices}
-    mixer = backbone.stages[0].blocks[0].mixer
-    if mixer.directions == 'v2':
-        settings['divide_output'] = mixer.scale == 0.5
-    return settings
-
-
 def _recognise(weights: Mapping[str, Tensor], arch_zoo: Mapping[str, Mapping]) -> Identity | None:
     found = _read(weights)
     if not found:
         return None
     size, depths = WEIGHTS.size_of(arch_zoo, found), found['depths']
-    maps = tuple(i for i in range(4) if f'outnorm{i}.weight' in weights)
-    last = max(i for i in range(4) if depths[i])
     arch = {key: found[key] for key in WEIGHTS.arch} | dict(depths=tuple(max(depth, 1) for depth in depths))
     backbone = dict(
         type='mmvim.HierVim',
         arch=size or arch,
-        **{key: found[key] for key in ('in_channels', 'patch_size', 'directions')},
-        out_type='featmap' if maps else 'raw',
-        out_indices=maps if maps and maps[-1] == last else (*maps, last),
+        **WEIGHTS.arguments(found),
+        **stage_outputs(weights, depths),
     )
     backbone |= arguments(saved_values(weights), HIDDEN_SETTINGS)
     facts = [
@@ -93,9 +83,8 @@ def _recognise(weights: Mapping[str, Tensor], arch_zoo: Mapping[str, Mapping]) -
 WEIGHTS = Family(
     name='HierVim',
     read=_read,
-    convert=_convert,
+    convert=convert_stages,
     hidden=HIDDEN_SETTINGS,
-    values=_values,
     recognise=_recognise,
     arch=dict(embed_dims=None, depths=None, mlp_ratio=4, d_state=16),
     may_miss=OUTPUT_NORMS,

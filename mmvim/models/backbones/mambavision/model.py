@@ -259,7 +259,7 @@ class MambaVision(HierarchicalBackbone):
         mixer = dict(conv=mixer_conv, symmetric=mixer_symmetric, merge=mixer_merge, dt_init=dt_init)
         self._check_attention(attention, mixer)
         self.num_heads = self._heads()
-        self.window_sizes = four_numbers('window_sizes', window_sizes, 'level')
+        self.window_sizes = (8, 8, *four_numbers('window_sizes', window_sizes, 'level')[CONV_LEVELS:])
         self.fit_windows = fit_windows
         self.mixer_conv = mixer_conv
         self.norm_eval = norm_eval

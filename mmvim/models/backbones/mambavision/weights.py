@@ -5,7 +5,13 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from mmvim.models.backbones.mambavision.mixer import PLACES, attention_places
-from mmvim.models.conversion import OUTPUT_NORMS, count_blocks, drop_unbuilt
+from mmvim.models.conversion import (
+    OUTPUT_NORMS,
+    convert_stages,
+    count_blocks,
+    drop_unbuilt_stages,
+    stage_outputs,
+)
 from mmvim.weights.classifier import published_head
 from mmvim.weights.family import Family, Identity, Known
 from mmvim.weights.fitting import Conversion
@@ -43,18 +49,13 @@ def mambavision_state_dict(
     Returns:
         The weights and the names dropped.
     """
-    return drop_unbuilt(_rename(state_dict), 'levels', num_levels, norms, optional=('norm',))
+    return drop_unbuilt_stages(_rename(state_dict), 'levels', num_levels, norms)
 
 
 def _rename(state_dict: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     if not all(name.startswith(INNER) for name in state_dict):
         return state_dict
     return {name.removeprefix(INNER): value for name, value in state_dict.items()}
-
-
-def _convert(backbone: nn.Module, weights: Mapping[str, Tensor], metadata: Mapping) -> Conversion:
-    norms = [name for name, _ in backbone.named_children() if name == 'norm' or name.startswith('outnorm')]
-    return mambavision_state_dict(weights, norms=norms, num_levels=len(backbone.levels))
 
 
 def _read(state_dict: Mapping[str, Tensor], backbone: nn.Module | None = None) -> dict:
@@ -106,17 +107,6 @@ def _attention_remedy(value: str | int | tuple[bool, ...]) -> str:
     return 'no value of attention gives these blocks' if isinstance(value, tuple) else f'set attention={value!r}'
 
 
-def _values(backbone: nn.Module) -> dict:
-    return {
-        'mixer_conv': backbone.mixer_conv,
-        'num_heads': backbone.num_heads,
-        'fit_windows': backbone.fit_windows,
-        'window_sizes': (8, 8, *backbone.window_sizes[2:]),  # levels 0 and 1 have none
-        'out_type': backbone.out_type,
-        'out_indices': backbone.out_indices,
-    }
-
-
 def _known(backbone: nn.Module, weights: Mapping[str, Tensor], metadata: Mapping, ours: Values) -> Known:
     """Settings that all published files of a size have."""
     found = _read(_rename(weights))
@@ -148,18 +138,14 @@ def _recognise(file: Mapping[str, Tensor], arch_zoo: Mapping[str, Mapping]) -> I
         size = None
     arch = {key: found.get(key, usual) for key, usual in WEIGHTS.arch.items()}
     arch |= dict(depths=tuple(max(depth, 1) for depth in depths), num_heads=saved.get('num_heads', (1, 1, 1, 1)))
-    maps = tuple(i for i in range(4) if f'outnorm{i}.weight' in weights)
-    out_type = 'avg_featmap' if 'norm.weight' in weights else 'featmap' if maps else 'raw'
     backbone = dict(
         type='mmvim.MambaVision',
         arch=size or arch,
-        in_channels=found['in_channels'],
-        out_type=out_type,
-        out_indices=maps if out_type == 'featmap' else (max(i for i in range(4) if depths[i]),),
-        attention='last' if isinstance(found['attention'], tuple) else found['attention'],
-        mixer_symmetric=found.get('mixer_symmetric', True),
-        mixer_merge=found.get('mixer_merge', 'concat'),
+        **WEIGHTS.arguments(found),
+        **stage_outputs(weights, depths),
     )
+    if isinstance(found['attention'], tuple):
+        backbone['attention'] = 'last'
     backbone |= arguments(saved, HIDDEN_SETTINGS)
     facts = [
         f'depths {"-".join(map(str, depths))}, width {found["embed_dims"]}, stem {found["stem_channels"]}',
@@ -179,9 +165,8 @@ def _recognise(file: Mapping[str, Tensor], arch_zoo: Mapping[str, Mapping]) -> I
 WEIGHTS = Family(
     name='MambaVision',
     read=_read,
-    convert=_convert,
+    convert=convert_stages,
     hidden=HIDDEN_SETTINGS,
-    values=_values,
     recognise=_recognise,
     known=_known,
     rename=_rename,

@@ -148,6 +148,8 @@ class VisionTransformer(PlainBackbone):
             raise ValueError('a class token belongs to no window: set with_cls_token=False, or window_size=0')
         self.with_cls_token = with_cls_token
         self.window_size = window_size
+        self.num_heads = self.settings['num_heads']
+        self.norm_eps = norm_eps
         self.global_attn_indexes = self._global_blocks(global_attn_indexes)
 
         self.add_embeddings(in_channels, img_size, patch_size, patch_size, drop_rate)
@@ -155,7 +157,7 @@ class VisionTransformer(PlainBackbone):
         self.blocks = nn.ModuleList(
             TransformerBlock(
                 self.embed_dims,
-                self.settings['num_heads'],
+                self.num_heads,
                 self.settings.get('mlp_ratio', 4),
                 0 if i in self.global_attn_indexes else window_size,
                 attention,

@@ -154,18 +154,6 @@ def _read(weights: Mapping[str, Tensor], backbone: nn.Module | None = None) -> d
     }
 
 
-def _values(backbone: nn.Module) -> dict:
-    first = backbone.blocks[0]
-    names = ('window_size', 'with_cls_token', 'out_type', 'out_indices', 'final_norm', 'interpolate_mode')
-    return {
-        'grid': tuple(backbone.grid),
-        'num_heads': first.attn.num_heads,
-        'global_attn_indexes': backbone.global_attn_indexes if backbone.window_size else (),
-        'norm_eps': first.norm1.eps,
-        **{name: getattr(backbone, name) for name in names},
-    }
-
-
 def _known(backbone: nn.Module, weights: Mapping[str, Tensor], metadata: Mapping, ours: Values) -> Known:
     width = _read(timm_names(weights)).get('embed_dims')
     arch = next((arch for arch in backbone.arch_zoo.values() if arch['embed_dims'] == width), None)
@@ -214,8 +202,7 @@ def _recognise(file: Mapping[str, Tensor], arch_zoo: Mapping[str, Mapping]) -> I
         type='mmvim.VisionTransformer',
         arch=size or arch,
         img_size=image_size,
-        patch_size=patch,
-        in_channels=found['in_channels'],
+        **WEIGHTS.arguments(found),
         with_cls_token='cls_token' in tokens,
         out_type='cls_token' if final_norm and tokens and not distilled else 'featmap',
         final_norm=final_norm,
@@ -242,7 +229,6 @@ WEIGHTS = Family(
     read=_read,
     convert=_convert,
     hidden=HIDDEN_SETTINGS,
-    values=_values,
     recognise=_recognise,
     known=_known,
     rename=timm_names,
