@@ -5,6 +5,7 @@ drawn independently of the class, so that only the outline tells the classes apa
 """
 
 import argparse
+import inspect
 import json
 import os
 import shutil
@@ -295,12 +296,10 @@ def main() -> None:
     """Command line: ``python -m mmvim.datasets.shapes data/shapes --seed 1``."""
     parser = argparse.ArgumentParser(description='Generate the demo data set of drawn shapes.')
     parser.add_argument('data_root', nargs='?', default='data/shapes')
-    parser.add_argument('--num-train', type=int, default=400)
-    parser.add_argument('--num-val', type=int, default=80)
-    parser.add_argument('--image-size', type=int, nargs=2, default=(128, 128), metavar=('HEIGHT', 'WIDTH'))
-    parser.add_argument('--max-shapes', type=int, default=4)
-    parser.add_argument('--size-range', type=int, nargs=2, default=(28, 84), metavar=('LOW', 'HIGH'))
-    parser.add_argument('--seed', type=int, default=0)
+    pairs = dict(image_size=('HEIGHT', 'WIDTH'), size_range=('LOW', 'HIGH'))
+    for name, parameter in inspect.signature(shapes_recipe).parameters.items():
+        form = dict(nargs=2, metavar=pairs[name]) if name in pairs else {}
+        parser.add_argument(f'--{name.replace("_", "-")}', type=int, default=parameter.default, **form)
     settings = vars(parser.parse_args())
     try:
         print(f'shapes are in {ensure_shapes(settings.pop("data_root"), **settings)}')
