@@ -1,6 +1,6 @@
 """Parameters and floating-point operations of models: what tools/get_flops.py counts and shows.
 
-As mmengine counts, one multiplication with its addition is one, and elementwise work is left out. The formulas are for
+As in mmengine, one multiply-add is one operation, and elementwise work does not count. The formulas are for
 mmengine's FlopAnalyzer, which traces a pass with real tensors, and for `count`, which makes the pass with fake tensors:
 these have shapes and no values, so that it takes neither time nor memory at any size.
 """
@@ -46,11 +46,10 @@ from mmvim.tools.command_line import add_cfg_options, new_parser
 SCAN = 3
 KINDS = dict(
     linear='linear layers',
-    convolution='convolutions, those of one channel before the scans included',
-    scan=f'selective scans, {SCAN} for each channel, state and token',
+    convolution='convolutions, including the depthwise ones before the scans',
+    scan=f'selective scans, {SCAN} per channel, state and token',
     attention='both products of attention, fused or not',
-    norm="normalisations, mmengine's 5 for a value of LayerNorm and 2 for one of BatchNorm; RMSNorm 3, or 4 with its "
-    'addition',
+    norm='normalisations, per value: LayerNorm 5, BatchNorm 2 as in mmengine; RMSNorm 3, 4 with its addition',
     resampling='interpolation and pooling',
 )
 PUBLISHED = ('linear', 'convolution')  # what papers mostly count
@@ -503,13 +502,11 @@ def describe(cost: Cost) -> str:
     rows = [(kind, _giga(kinds[kind]), f'{kinds[kind] / cost.total:.1%}') for kind in KINDS if kinds[kind]]
     rows.append(('linear and convolution', _giga(cost.published), f'{cost.published / cost.total:.1%}'))
     lines += [table(('operators', 'FLOPs, G', 'share'), rows), '']
-    lines += ['One multiplication with its addition is one FLOP, as in published figures. Counted are:']
+    lines += ['One multiply-add is one FLOP, as in published figures. Counted are:']
     lines += [f'  {kind}: {text}' for kind, text in KINDS.items() if kinds[kind]]
     lines += [
-        'Activations, additions, other products of single values and the choice of boxes are not. Papers differ in'
-    ]
-    lines += [
-        'what they count: where scan, attention and norm are left out, "linear and convolution" is the one to compare.'
+        'Activations, additions, other elementwise products and the selection of boxes are not counted. Papers differ:',
+        'where they leave out scan, attention and norm, compare with "linear and convolution".',
     ]
     if cost.rois:
         proposals, masks = cost.rois
