@@ -70,8 +70,8 @@ def shapes_recipe(
 def ensure_shapes(data_root: str | os.PathLike, **settings) -> Path:
     """Generate the data set in a folder unless it is already there, and return the folder.
 
-    The folder appears complete or not at all, whatever interrupts the generation and however many processes ask for
-    it at once. It then holds ``train/`` and ``val/`` (images), ``annotations/train.json`` and ``val.json`` (COCO
+    The folder appears complete or not at all, even if the generation is interrupted or several processes ask for it at
+    once. It then holds ``train/`` and ``val/`` (images), ``annotations/train.json`` and ``val.json`` (COCO
     format; masks are the visible parts as uncompressed run lengths), and ``label_maps/train/`` and ``val/`` (one
     byte per pixel, 0 background, i + 1 class i).
 

@@ -224,7 +224,7 @@ class _Counting(TorchDispatchMode):
 def count(build: Callable[[], nn.Module], shapes: Sequence[tuple[int, int]]) -> list[Cost]:
     """What a pass of one image of each shape costs.
 
-    Nothing is computed, unless the model's way depends on values in the image.
+    Nothing is computed, unless the control flow of the model depends on values in the image.
 
     Args:
         build: makes the model, of MMDetection, MMSegmentation or MMPretrain, or any that takes an image alone.

@@ -172,7 +172,7 @@ def describe(cost: Cost) -> str:
     left = {name: cost.params[name] for name in TRAINING_ONLY if name in cost.params}
     lines += [f'{name} ({_millions(number)} M parameters) is for training only.' for name, number in left.items()]
     if not cost.fake:
-        lines.append('This model was run on random values, because its way through the operators depends on values.')
+        lines.append('This model was run on random values, because its control flow depends on values.')
     return '\n'.join(lines)
 
 
