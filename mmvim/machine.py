@@ -66,7 +66,7 @@ def peak_rss_mib() -> float:
     """Largest resident set so far, MiB."""
     if Path('/proc/self/status').exists():
         return _status_mib('VmHWM')
-    import resource
+    import resource  # not on Windows
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == 'darwin' else 2**10)
 

@@ -158,7 +158,7 @@ class _Completion:
         set_num_classes(self.cfg['model'], len(classes))
 
     def fill_ignore_index(self) -> None:
-        """The value in label maps that is no class."""
+        """The value of pixels without a label."""
         if not self.label_maps:
             return
         model = self.cfg['model']

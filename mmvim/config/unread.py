@@ -88,21 +88,21 @@ def _lists(value: object) -> object:
 
 def uses_of(cfg: Config, key: str, value: object) -> list[str]:
     """Dotted keys below the top level that hold what a top-level key was, or have its name."""
-    return list(dict.fromkeys([*([] if value is None else _holding(cfg, value)), *_named(cfg, key)]))
+    nested = [(path, child) for path, child in _walk(cfg) if '.' in path]
+    named = [path for path, _ in nested if path.rpartition('.')[2] == key]
+    return list(dict.fromkeys([*(path for path, child in nested if _holds(child, value)), *named]))
 
 
-def _holding(node: object, value: object, path: str = '') -> list[str]:
-    if path.count('.') and (node == value or (isinstance(value, str) and value and str(node).startswith(value))):
-        return [path]
-    return [place for key, child in _items(node) for place in _holding(child, value, f'{path}.{key}'.lstrip('.'))]
+def _holds(node: object, value: object) -> bool:
+    if isinstance(value, str):
+        return bool(value) and str(node).startswith(value)
+    return value is not None and node == value
 
 
-def _named(node: object, name: str, path: str = '') -> list[str]:
-    here = [path] if path.count('.') and path.rpartition('.')[2] == name else []
-    return here + [place for key, child in _items(node) for place in _named(child, name, f'{path}.{key}'.lstrip('.'))]
-
-
-def _items(node: object) -> Iterable[tuple]:
-    if isinstance(node, dict | Config):
-        return node.items()
-    return enumerate(node) if isinstance(node, list | tuple) else ()
+def _walk(node: object, path: str = '') -> Iterable[tuple[str, object]]:
+    """Everything in a config with its dotted key."""
+    if isinstance(node, dict | Config | list | tuple):
+        for key, child in node.items() if isinstance(node, dict | Config) else enumerate(node):
+            here = f'{path}.{key}'.lstrip('.')
+            yield here, child
+            yield from _walk(child, here)

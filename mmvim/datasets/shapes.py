@@ -5,6 +5,7 @@ drawn independently of the class, so that only the outline tells the classes apa
 """
 
 import argparse
+import inspect
 import json
 import os
 import shutil
@@ -69,8 +70,8 @@ def shapes_recipe(
 def ensure_shapes(data_root: str | os.PathLike, **settings) -> Path:
     """Generate the data set in a folder unless it is already there, and return the folder.
 
-    The folder appears complete or not at all, whatever interrupts the generation and however many processes ask for
-    it at once. It then holds ``train/`` and ``val/`` (images), ``annotations/train.json`` and ``val.json`` (COCO
+    The folder appears complete or not at all, even if the generation is interrupted or several processes ask for it at
+    once. It then holds ``train/`` and ``val/`` (images), ``annotations/train.json`` and ``val.json`` (COCO
     format; masks are the visible parts as uncompressed run lengths), and ``label_maps/train/`` and ``val/`` (one
     byte per pixel, 0 background, i + 1 class i).
 
@@ -295,12 +296,10 @@ def main() -> None:
     """Command line: ``python -m mmvim.datasets.shapes data/shapes --seed 1``."""
     parser = argparse.ArgumentParser(description='Generate the demo data set of drawn shapes.')
     parser.add_argument('data_root', nargs='?', default='data/shapes')
-    parser.add_argument('--num-train', type=int, default=400)
-    parser.add_argument('--num-val', type=int, default=80)
-    parser.add_argument('--image-size', type=int, nargs=2, default=(128, 128), metavar=('HEIGHT', 'WIDTH'))
-    parser.add_argument('--max-shapes', type=int, default=4)
-    parser.add_argument('--size-range', type=int, nargs=2, default=(28, 84), metavar=('LOW', 'HIGH'))
-    parser.add_argument('--seed', type=int, default=0)
+    pairs = dict(image_size=('HEIGHT', 'WIDTH'), size_range=('LOW', 'HIGH'))
+    for name, parameter in inspect.signature(shapes_recipe).parameters.items():
+        form = dict(nargs=2, metavar=pairs[name]) if name in pairs else {}
+        parser.add_argument(f'--{name.replace("_", "-")}', type=int, default=parameter.default, **form)
     settings = vars(parser.parse_args())
     try:
         print(f'shapes are in {ensure_shapes(settings.pop("data_root"), **settings)}')

@@ -10,7 +10,7 @@ from mmengine.optim import OptimWrapper
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from mmvim.arguments import check_positive
+from mmvim.arguments import check_choice, check_positive
 from mmvim.registry import OPTIM_WRAPPERS
 
 DTYPES = dict(bfloat16=torch.bfloat16, float16=torch.float16)
@@ -41,8 +41,7 @@ class AmpOptimWrapper(_AmpOptimWrapper):
         parts: Sequence[str] = ('backbone', 'neck'),
         **kwargs,
     ) -> None:
-        if dtype not in DTYPES:
-            raise ValueError(f'dtype must be one of {tuple(DTYPES)}, got {dtype!r}')
+        check_choice('dtype', dtype, DTYPES)
         if loss_scale != 'dynamic':
             check_positive(loss_scale=loss_scale)
             if dtype != 'float16':

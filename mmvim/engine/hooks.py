@@ -1,6 +1,7 @@
 """Checks at the points where a mistake in data, config or checkpoint would otherwise pass unnoticed."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partialmethod
 from typing import NamedTuple
 
 from mmengine.hooks import Hook
@@ -18,22 +19,9 @@ from mmvim.weights import Conversion, compare, find_state_dict, fit_to_classifie
 class ClassCountHook(Hook):
     """Refuse a data set whose classes are not as many as a head of the model has."""
 
-    def before_train(self, runner: Runner) -> None:
-        """Check the training data."""
-        self._check(runner, runner.train_dataloader, 'train_dataloader')
-
-    def before_val(self, runner: Runner) -> None:
-        """Check the validation data."""
-        self._check(runner, runner.val_dataloader, 'val_dataloader')
-
-    def before_test(self, runner: Runner) -> None:
-        """Check the test data."""
-        self._check(runner, runner.test_dataloader, 'test_dataloader')
-
-    @staticmethod
-    def _check(runner: Runner, loader, key: str) -> None:
-        dataset = getattr(loader, 'dataset', None)
-        classes = (getattr(dataset, 'metainfo', None) or {}).get('classes')
+    def check(self, runner: Runner, key: str) -> None:
+        """Compare the heads with the data set of the loader of this name."""
+        dataset, classes = _dataset_and_classes(getattr(runner, key))
         if classes is None or getattr(dataset, 'return_classes', False):
             return
         for name, count in head_class_counts(unwrapped(runner.model)):
@@ -44,6 +32,15 @@ class ClassCountHook(Hook):
                     "num_classes of the head in the config (model.roi_head.num_classes for mmvim's cascade), or use "
                     'other annotations'
                 )
+
+    before_train = partialmethod(check, key='train_dataloader')
+    before_val = partialmethod(check, key='val_dataloader')
+    before_test = partialmethod(check, key='test_dataloader')
+
+
+def _dataset_and_classes(loader: object) -> tuple[object, Sequence[str] | None]:
+    dataset = getattr(loader, 'dataset', None)
+    return dataset, (getattr(dataset, 'metainfo', None) or {}).get('classes')
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -125,13 +122,12 @@ class LabelMapHook(Hook):
                     'seg_pad_val to the value to ignore'
                 )
 
-    def before_val_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None) -> None:
-        """Check the label maps of a batch against the metrics."""
-        check_label_maps(labelled(data_batch), metrics_of(runner.val_evaluator, 'val_evaluator'))
+    def check_metrics(self, runner: Runner, batch_idx: int, data_batch: dict | None = None, *, key: str) -> None:
+        """Check the label maps of a batch against the metrics of the evaluator of this name."""
+        check_label_maps(labelled(data_batch), metrics_of(getattr(runner, key), key))
 
-    def before_test_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None) -> None:
-        """Check the label maps of a batch against the metrics."""
-        check_label_maps(labelled(data_batch), metrics_of(runner.test_evaluator, 'test_evaluator'))
+    before_val_iter = partialmethod(check_metrics, key='val_evaluator')
+    before_test_iter = partialmethod(check_metrics, key='test_evaluator')
 
 
 def labelled(batch: object) -> list:
@@ -216,10 +212,9 @@ class CheckpointFitHook(Hook):
     @staticmethod
     def _check_classes(runner: Runner, checkpoint: dict) -> None:
         trained = ((checkpoint.get('meta') or {}).get('dataset_meta') or {}).get('classes')
-        loader = runner.test_dataloader if getattr(runner, 'testing', False) else runner.train_dataloader
-        here = (getattr(getattr(loader, 'dataset', None), 'metainfo', None) or {}).get('classes')
-        strict = runner._resume or getattr(runner, 'testing', False)
-        if strict and trained is not None and here is not None and list(trained) != list(here):
+        testing = getattr(runner, 'testing', False)
+        _, here = _dataset_and_classes(runner.test_dataloader if testing else runner.train_dataloader)
+        if (runner._resume or testing) and trained is not None and here is not None and list(trained) != list(here):
             raise CheckpointError(
                 f"checkpoint '{runner._load_from}' was trained on the classes {list(trained)}, the data set has "
                 f'{list(here)}: give the class names in the order of training, for a COCO folder by '

@@ -9,6 +9,7 @@ from mmengine.optim import DefaultOptimWrapperConstructor
 from mmengine.utils.dl_utils.parrots_wrapper import _BatchNorm, _InstanceNorm
 from torch import nn
 
+from mmvim.arguments import check_choice
 from mmvim.registry import OPTIM_WRAPPER_CONSTRUCTORS
 
 NORMS = (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
@@ -72,10 +73,8 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             factor = self.paramwise_cfg.get(key, 0.0)
             if type(factor) not in (int, float) or not 0 <= factor:
                 raise ValueError(f'{key} must be a number of at least 0, got {factor!r}')
-        if self.paramwise_cfg.get('decay_scope', 'all') not in SCOPES:
-            raise ValueError(f'decay_scope must be one of {SCOPES}, got {self.paramwise_cfg["decay_scope"]!r}')
-        if self.paramwise_cfg.get('no_decay', 'declared') not in NO_DECAY:
-            raise ValueError(f'no_decay must be one of {tuple(NO_DECAY)}, got {self.paramwise_cfg["no_decay"]!r}')
+        check_choice('decay_scope', self.paramwise_cfg.get('decay_scope', 'all'), SCOPES)
+        check_choice('no_decay', self.paramwise_cfg.get('no_decay', 'declared'), NO_DECAY)
         if self.paramwise_cfg.get('decay_scope') == 'embedding' and rate == 1:
             raise ValueError("decay_scope='embedding' needs a decay_rate below 1: set it, or leave decay_scope out")
         if not isinstance(self.paramwise_cfg.get('custom_keys') or {}, dict):

@@ -151,9 +151,9 @@ class TimeSplitHook(Hook):
 
     def result(self, runner: Runner) -> dict:
         """What was measured: ``rows`` with milliseconds per image, and what they depend on."""
-        names = [DATA, *self.names[:-1], METRIC, REST]
+        parts = [name for name in self.names if name not in (POST, METRIC)]
         rows = {}
-        for name in dict.fromkeys([*(n for n in names if n not in (POST, METRIC, REST)), POST, METRIC, REST]):
+        for name in (DATA, *parts, POST, METRIC, REST):
             rows[name] = [1e3 * rows[name] / size for rows, size in zip(self.batches, self.sizes, strict=True)]
         total = [sum(values) for values in zip(*rows.values(), strict=True)]
         loader = runner.test_dataloader

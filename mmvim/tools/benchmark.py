@@ -23,7 +23,7 @@ from mmvim.errors import InputError, first_line
 from mmvim.machine import clock, device_name, forget_peak, peak_rss_mib, return_freed_memory, versions
 from mmvim.tools.backbones import build, model_config, out_of_memory
 from mmvim.tools.benchmark_report import CELL, FORMATS, PLOTS, add_ratios, curves, draw, place, summary
-from mmvim.tools.flops import hollow
+from mmvim.tools.flop_counter import hollow
 
 __all__ = ['Sweep', 'add_ratios', 'build', 'curves', 'main', 'model_config', 'parser', 'runner']
 WARM_UP_SIZE = 224  # pixels of the pass whose memory counts as the process's own

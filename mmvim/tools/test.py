@@ -5,8 +5,7 @@ import os
 from copy import deepcopy
 
 from mmengine.config import Config, ConfigDict
-from mmengine.evaluator import DumpResults
-from mmengine.registry import RUNNERS
+from mmengine.registry import METRICS, RUNNERS
 from mmengine.runner import Runner
 
 from mmvim.compat.types import kind_of
@@ -59,7 +58,8 @@ def main(args: argparse.Namespace) -> None:
         _use_tta(cfg, scope)
     runner = RUNNERS.build(cfg)
     if args.out and scope != 'mmseg':
-        runner.test_evaluator.metrics.append(_dump_metric(scope)(out_file_path=args.out))
+        kind = 'mmdet.DumpDetResults' if scope == 'mmdet' else 'mmengine.DumpResults'
+        runner.test_evaluator.metrics.append(METRICS.build(dict(type=kind, out_file_path=args.out)))
     runner.test()
     if args.out:
         print(f'predictions are in {args.out}')
@@ -105,14 +105,6 @@ def _picture_folder(show_dir: str, runner: Runner, scope: str | None) -> str:
     if scope == 'mmseg':
         return os.path.join(runner.work_dir, show_dir, 'vis_data', 'vis_image')
     return os.path.join(runner.work_dir, runner.timestamp, show_dir)
-
-
-def _dump_metric(scope: str | None) -> type:
-    if scope == 'mmdet':
-        from mmdet.evaluation import DumpDetResults
-
-        return DumpDetResults
-    return DumpResults
 
 
 def _use_tta(cfg: Config, scope: str | None) -> None:

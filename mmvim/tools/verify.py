@@ -4,7 +4,7 @@ import argparse
 import os
 import re
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -108,7 +108,9 @@ def _verify_file(path: str | os.PathLike, args: argparse.Namespace) -> None:
         model = build_model(cfg)
         print(f'  fitted to {type(model.backbone).__name__} of {args.config}')
         backbone, size = model.backbone, image_size(model.backbone) or (224, 224)
-        rest = compare(_parts(state_dict, others), _others(model)) if others else None
+        theirs = Conversion(OrderedDict((name, state_dict[name]) for name in others))
+        ours = {name: value for name, value in model.state_dict().items() if not name.startswith('backbone.')}
+        rest = compare(theirs, ours) if others else None
     else:
         backbone, size = MODELS.build(identity.backbone), identity.image_size
         rest = None
@@ -171,14 +173,6 @@ def build_model(cfg: Config) -> nn.Module:
         model.data_preprocessor = cfg.data_preprocessor  # as a runner does
     model.backbone.pop('init_cfg', None)
     return MODELS.build(model)
-
-
-def _others(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value for name, value in model.state_dict().items() if not name.startswith('backbone.')}
-
-
-def _parts(state_dict: Mapping[str, Tensor], names: Iterable[str]) -> Conversion:
-    return Conversion(OrderedDict((name, state_dict[name]) for name in names))
 
 
 def load(backbone: nn.Module, weights: Mapping[str, Tensor]) -> LoadReport:

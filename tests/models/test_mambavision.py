@@ -13,7 +13,7 @@ from mmvim.models import MambaVision
 from mmvim.models.backbones.mambavision import attention_places
 from mmvim.models.layers import MambaVisionMixer
 from mmvim.models.layers.windows import from_windows, to_windows, window_shape
-from mmvim.tools.flops import analyzer, count
+from mmvim.tools.flop_counter import analyzer, count
 
 ARCH = dict(embed_dims=16, stem_channels=8, depths=(1, 1, 4, 3), num_heads=(1, 2, 2, 4))
 SMALL = dict(arch=ARCH, window_sizes=(8, 8, 4, 3))

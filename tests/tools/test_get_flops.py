@@ -10,7 +10,7 @@ from torch import nn
 
 import mmvim.registry  # noqa: F401
 from mmvim.errors import InputError
-from mmvim.tools import command_line, flops
+from mmvim.tools import command_line, flop_counter, flops
 
 
 @pytest.fixture
@@ -42,11 +42,11 @@ def test_a_count_without_values_is_mmengines(backbone):
     def build():
         return MODELS.build(dict(backbone))
 
-    (cost,) = flops.count(build, [(224, 256)])
+    (cost,) = flop_counter.count(build, [(224, 256)])
     model = build()
     model.eval()
     with torch.no_grad():
-        expected = flops.analyzer(model, torch.randn(1, 3, 224, 256)).total()
+        expected = flop_counter.analyzer(model, torch.randn(1, 3, 224, 256)).total()
     assert cost.fake
     assert cost.total == pytest.approx(expected, rel=1e-3)
 
@@ -60,7 +60,7 @@ def test_transformer_layers_of_pytorch_are_counted_in_evaluation_too():
         def forward(self, image):
             return self.layer(image.flatten(2).transpose(1, 2).repeat(1, 1, 3)[..., :8])
 
-    (cost,) = flops.count(Model, [(4, 4)])
+    (cost,) = flop_counter.count(Model, [(4, 4)])
     tokens = 16
     assert cost.flops['layer']['linear'] == tokens * (4 * 8 * 8 + 2 * 8 * 16)
     assert cost.flops['layer']['attention'] == 2 * tokens**2 * 8
@@ -72,7 +72,7 @@ def test_both_kinds_of_attention_cost_the_same():
         arch = dict(embed_dims=32, depth=2, num_heads=2)
         return lambda: MODELS.build(dict(type='mmvim.VisionTransformer', arch=arch, attention=attention))
 
-    fused, plain = (flops.count(build(kind), [(64, 64)])[0] for kind in ('sdpa', 'materialized'))
+    fused, plain = (flop_counter.count(build(kind), [(64, 64)])[0] for kind in ('sdpa', 'materialized'))
     assert fused.kinds == plain.kinds
     assert fused.kinds['attention'] == 2 * 2 * 17**2 * 32
 
@@ -105,7 +105,7 @@ def test_a_detector_by_part(run, tmp_path):
     found = json.loads((tmp_path / 'cost.json').read_text())
     assert found['shape'] == [1024, 1024]
     assert list(found['flops']) == ['backbone', 'neck', 'rpn_head', 'roi_head']
-    assert found['flops']['backbone']['scan'] == 4096 * 24 * 2 * 384 * 16 * flops.SCAN
+    assert found['flops']['backbone']['scan'] == 4096 * 24 * 2 * 384 * 16 * flop_counter.SCAN
     heads, mask = 3 * (256 * 49 * 1024 + 1024 * (81 + 4)), 256 * 256 * 28 * 28 + 256 * 80 * 28 * 28
     convolutions = 3 * 4 * 256 * 256 * 9 * 49 * 1000 + 100 * (4 * 256 * 256 * 9 * 14 * 14 + mask)
     assert found['flops']['roi_head']['linear'] == 1000 * heads
@@ -155,7 +155,7 @@ class Chooser(nn.Module):
 
 
 def test_a_model_that_looks_at_values_is_run():
-    (cost,) = flops.count(Chooser, [(4, 8)])
+    (cost,) = flop_counter.count(Chooser, [(4, 8)])
     assert not cost.fake
     assert cost.flops == {'steps': Counter(linear=2 * 3 * 4 * 8 * 8)}
 
