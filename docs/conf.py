@@ -38,6 +38,9 @@ copybutton_exclude = '.linenos, .gp, .go'
 LINK = re.compile(r'(?P<text>\[[^\]]*\])\((?P<path>[^)\s#:]+)(?P<anchor>#[^)\s]*)?\)')
 INCLUDE = re.compile(r'^```\{include\} (\S+)', re.MULTILINE)
 
+# sections of the README that the site has as pages
+SECTIONS = {'#install': '/getting-started.md', '#speed-and-memory': '/speed.md'}
+
 
 def included_files() -> dict[Path, str]:
     """Files outside of this folder that a page includes, and that page."""
@@ -63,6 +66,8 @@ def site_links(text: str, source: Path, page: Path) -> str:
 
     def link(match: re.Match) -> str:
         path = (source.parent / match['path']).resolve()
+        if path == ROOT / 'README.md' and match['anchor'] in SECTIONS:
+            return f'{match["text"]}({SECTIONS[match["anchor"]]})'
         if path in pages:
             return f'{match["text"]}({pages[path]}{match["anchor"] or ""})'
         if path.is_dir():

@@ -15,6 +15,7 @@ ROOT = FOLDER.parents[1]
 BLOCKS = [block for page in pages.PAGES for block in pages.blocks(page)]
 BASH = [block for block in BLOCKS if block.language == 'bash']
 PYTHON = [block for block in BLOCKS if block.language == 'python' and not block.note.startswith('not run: ')]
+SLOW = ('docs/extending.md', 'docs/inference.md')  # load all three hosts
 FOLDERS = ('configs/', 'tools/', 'kernels/', 'docs/', 'tests/', '.ci/', 'mmvim/')
 
 
@@ -38,7 +39,13 @@ def test_every_block_has_a_language():
     assert [str(block) for block in BLOCKS if not block.language.startswith(languages)] == []
 
 
-@pytest.mark.parametrize('page', dict.fromkeys(block.page for block in PYTHON))
+@pytest.mark.parametrize(
+    'page',
+    [
+        pytest.param(page, marks=pytest.mark.slow) if page in SLOW else page
+        for page in dict.fromkeys(block.page for block in PYTHON)
+    ],
+)
 def test_python(page, request, tmp_path):
     given = [asdict(block) for block in PYTHON if block.page == page]
     needs_model = any('work_dirs' in block['text'] for block in given)
