@@ -30,6 +30,7 @@ autodoc_default_options = {'members': True, 'show-inheritance': True}
 napoleon_use_ivar = True
 
 html_theme = 'furo'
+html_static_path, html_css_files = ['_static'], ['wide.css']
 html_title = f'mmvim {release}'
 html_show_copyright = html_show_sphinx = False
 pygments_style, pygments_dark_style = 'tango', 'monokai'
@@ -39,7 +40,7 @@ LINK = re.compile(r'(?P<text>\[[^\]]*\])\((?P<path>[^)\s#:]+)(?P<anchor>#[^)\s]*
 INCLUDE = re.compile(r'^```\{include\} (\S+)', re.MULTILINE)
 
 # sections of the README that the site has as pages
-SECTIONS = {'#install': '/getting-started.md', '#speed-and-memory': '/speed.md'}
+SECTIONS = {'#speed-and-memory': '/speed.md'}
 
 
 def included_files() -> dict[Path, str]:
