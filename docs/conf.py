@@ -30,6 +30,7 @@ autodoc_default_options = {'members': True, 'show-inheritance': True}
 napoleon_use_ivar = True
 
 html_theme = 'furo'
+html_static_path, html_css_files = ['_static'], ['wide.css']
 html_title = f'mmvim {release}'
 html_show_copyright = html_show_sphinx = False
 pygments_style, pygments_dark_style = 'tango', 'monokai'
@@ -37,6 +38,9 @@ copybutton_exclude = '.linenos, .gp, .go'
 
 LINK = re.compile(r'(?P<text>\[[^\]]*\])\((?P<path>[^)\s#:]+)(?P<anchor>#[^)\s]*)?\)')
 INCLUDE = re.compile(r'^```\{include\} (\S+)', re.MULTILINE)
+
+# sections of the README that the site has as pages
+SECTIONS = {'#speed-and-memory': '/speed.md'}
 
 
 def included_files() -> dict[Path, str]:
@@ -63,6 +67,8 @@ def site_links(text: str, source: Path, page: Path) -> str:
 
     def link(match: re.Match) -> str:
         path = (source.parent / match['path']).resolve()
+        if path == ROOT / 'README.md' and match['anchor'] in SECTIONS:
+            return f'{match["text"]}({SECTIONS[match["anchor"]]})'
         if path in pages:
             return f'{match["text"]}({pages[path]}{match["anchor"] or ""})'
         if path.is_dir():

@@ -1,7 +1,8 @@
 """Code blocks of Markdown pages, and what a comment in front of a block says about it.
 
-``<!-- not run: WHY -->`` keeps a block from being run, ``<!-- load only: WHY -->`` keeps the model of a config from being
-built, and ``<!-- run -->`` runs a bash block. A block ``text`` right behind a Python block is what that one prints.
+``<!-- not run: WHY -->`` keeps a block from being run, ``<!-- load only: WHY -->`` keeps the model of a config from
+being built, and ``<!-- run -->`` runs a bash block. A block ``text`` right behind a Python block is what it prints
+last.
 """
 
 import shlex

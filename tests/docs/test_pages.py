@@ -9,12 +9,16 @@ from pathlib import Path
 import pages
 import pytest
 
+from mmvim import registry
+
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parents[1]
 
 BLOCKS = [block for page in pages.PAGES for block in pages.blocks(page)]
 BASH = [block for block in BLOCKS if block.language == 'bash']
 PYTHON = [block for block in BLOCKS if block.language == 'python' and not block.note.startswith('not run: ')]
+SLOW = ('docs/extending.md', 'docs/inference.md')  # load all three hosts
+SLOW_BASH = ('docs/tools.md',)  # counts the FLOPs of a model
 FOLDERS = ('configs/', 'tools/', 'kernels/', 'docs/', 'tests/', '.ci/', 'mmvim/')
 
 
@@ -38,7 +42,13 @@ def test_every_block_has_a_language():
     assert [str(block) for block in BLOCKS if not block.language.startswith(languages)] == []
 
 
-@pytest.mark.parametrize('page', dict.fromkeys(block.page for block in PYTHON))
+@pytest.mark.parametrize(
+    'page',
+    [
+        pytest.param(page, marks=pytest.mark.slow if page in SLOW else ())
+        for page in dict.fromkeys(block.page for block in PYTHON)
+    ],
+)
 def test_python(page, request, tmp_path):
     given = [asdict(block) for block in PYTHON if block.page == page]
     needs_model = any('work_dirs' in block['text'] for block in given)
@@ -51,7 +61,14 @@ def test_bash_says_whether_it_runs(block):
     assert block.note == 'run' or block.note.startswith('not run: ')
 
 
-@pytest.mark.parametrize('block', [block for block in BASH if block.note == 'run'], ids=str)
+@pytest.mark.parametrize(
+    'block',
+    [
+        pytest.param(block, marks=pytest.mark.slow if block.page in SLOW_BASH else (), id=str(block))
+        for block in BASH
+        if block.note == 'run'
+    ],
+)
 def test_bash(block):
     finished = subprocess.run(
         ['bash', '-euo', 'pipefail', '-c', f'python() {{ {sys.executable} "$@"; }}\n{block.text}'],
@@ -80,6 +97,16 @@ def tool_lines(block) -> list[tuple[str, list[str]]]:
     """Tool and arguments of each command that starts one."""
     words = [words for words in pages.commands(block) if len(words) > 1 and words[1].startswith('tools/')]
     return [(tool, rest) for _, tool, *rest in words]
+
+
+def test_every_registered_name_is_listed():
+    registries = [value for value in vars(registry).values() if getattr(value, 'scope', None) == registry.SCOPE]
+    names = set(registry.HOST_PARTS)
+    for child in registries:
+        child.import_from_location()
+        names |= set(child.module_dict)
+    listed = (ROOT / 'docs' / 'extending.md').read_text()
+    assert sorted(name for name in names if f'`mmvim.{name}`' not in listed) == []
 
 
 def test_pages_link_to_files_that_exist():
