@@ -19,10 +19,14 @@ EXTENSION = 'mmcv._ext'
 
 
 class TorchvisionOpsLoader(Loader):
+    """Fills the module `mmcv._ext` with the ops that torchvision has."""
+
     def create_module(self, spec: ModuleSpec) -> None:
+        """Leave the making of the module to Python."""
         return None
 
     def exec_module(self, module: ModuleType) -> None:
+        """Put the served ops into the module; any other name gives an op that explains itself when called."""
         module.__doc__ = mmcv_ops.__doc__
         for op in mmcv_ops.SERVED:
             setattr(module, op.__name__, op)
@@ -30,15 +34,19 @@ class TorchvisionOpsLoader(Loader):
 
 
 def other_op(name: str):
+    """An op that is not served: calling it raises `MissingOpError`."""
     if name.startswith('__'):
         raise AttributeError(f'module {EXTENSION!r} has no attribute {name!r}')
     return mmcv_ops.missing_op(name)
 
 
 class TorchvisionOpsFinder(MetaPathFinder):
+    """Finds `mmcv._ext`, and nothing else."""
+
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
+        """Spec of the module that stands in for `mmcv._ext`; None for every other name."""
         if fullname != EXTENSION:
             return None
         return ModuleSpec(EXTENSION, TorchvisionOpsLoader(), origin='mmvim.compat.mmcv_ops')

@@ -25,6 +25,8 @@ class MissingOpError(RuntimeError):
 
 
 def missing_op(name: str) -> Callable:
+    """An op of this name that raises `MissingOpError` when it is called."""
+
     def op(*args, **kwargs):
         raise MissingOpError(
             f'mmcv has no compiled op {name!r} here and torchvision has no counterpart that mmvim could use instead. '
@@ -36,6 +38,11 @@ def missing_op(name: str) -> Callable:
 
 
 def torchvision_ops() -> ModuleType:
+    """The module `torchvision.ops`.
+
+    Raises:
+        ImportError: if torchvision is missing or does not fit torch, with the remedy.
+    """
     try:
         import torchvision.ops
     except (ImportError, RuntimeError) as error:
@@ -48,15 +55,18 @@ def torchvision_ops() -> ModuleType:
 
 
 def in_working_precision(*tensors: Tensor) -> list[Tensor]:
+    """The tensors detached, in float64 if one of them is, else in float32."""
     working = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
     return [tensor.detach().to(working) for tensor in tensors]
 
 
 def get_compiler_version() -> str:
+    """What mmcv reports as its compiler."""
     return 'n/a (no compiled ops)'
 
 
 def get_compiling_cuda_version() -> str:
+    """What mmcv reports as the CUDA version of its ops."""
     return 'n/a (no compiled ops)'
 
 
@@ -89,7 +99,14 @@ def softnms(
     """Soft-NMS (arXiv 1704.04503). Fills the first rows of dets (N, 5) and returns the indices (int64) of those boxes.
 
     Args:
+        boxes: boxes (N, 4).
+        scores: scores (N).
+        dets: receives boxes and their new scores.
+        iou_threshold: overlap above which methods 0 and 1 act.
+        sigma: width of the Gaussian.
+        min_score: boxes below it are dropped.
         method: 0 drops overlapping boxes, 1 lowers their scores linearly, 2 with a Gaussian of width `sigma`.
+        offset: added to the sides of a box.
     """
     boxes, scores = in_working_precision(boxes, scores)
     scores = scores.clone()
@@ -126,6 +143,11 @@ def nms_match(dets: Tensor, iou_threshold: float) -> list[list[int]]:
 
 
 def refuse_max_pooling(pool_mode: int) -> None:
+    """Refuse RoIAlign with maximum pooling (0), which torchvision lacks.
+
+    Raises:
+        MissingOpError: with the remedy.
+    """
     if pool_mode == 0:
         raise MissingOpError(
             "RoIAlign with pool_mode='max' needs mmcv's compiled op 'roi_align_forward'; torchvision averages only. "
@@ -190,6 +212,7 @@ def sigmoid_focal_loss(input: Tensor, target: Tensor, weight: Tensor, gamma: flo
 def sigmoid_focal_loss_forward(
     input: Tensor, target: Tensor, weight: Tensor, output: Tensor, gamma: float, alpha: float
 ) -> None:
+    """Write the focal loss of logits (N, C) for class indices (N) into output (N, C)."""
     logits, weight = in_working_precision(input, weight)
     output.copy_(sigmoid_focal_loss(logits, target, weight, gamma, alpha))
 
@@ -197,6 +220,7 @@ def sigmoid_focal_loss_forward(
 def sigmoid_focal_loss_backward(
     input: Tensor, target: Tensor, weight: Tensor, grad_input: Tensor, gamma: float, alpha: float
 ) -> None:
+    """Write the gradient of the summed focal loss into grad_input (N, C)."""
     logits, weight = in_working_precision(input, weight)
     with torch.enable_grad():
         logits.requires_grad_()
@@ -205,6 +229,7 @@ def sigmoid_focal_loss_backward(
 
 
 def deformable_attention(value: Tensor, shapes: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
+    """mmcv's PyTorch function of deformable attention; see `ms_deform_attn_forward`."""
     from mmcv.ops.multi_scale_deform_attn import multi_scale_deformable_attn_pytorch
 
     return multi_scale_deformable_attn_pytorch(value, shapes, locations, weights)
@@ -235,6 +260,7 @@ def ms_deform_attn_backward(
     grad_attn_weight: Tensor,
     im2col_step: int,
 ) -> None:
+    """Write the gradients of `ms_deform_attn_forward` for the output gradient grad_output."""
     *tensors, grad = in_working_precision(value, sampling_locations, attention_weights, grad_output)
     with torch.enable_grad():
         for tensor in tensors:

@@ -85,6 +85,7 @@ class LoadReport:
 
 
 def abridge(names: Iterable[str], limit: int = 3) -> str:
+    """The first names, and how many more there are."""
     names = list(names)
     return ', '.join(names[:limit]) + (f' and {len(names) - limit} more' if len(names) > limit else '')
 

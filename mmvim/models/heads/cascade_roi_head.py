@@ -29,11 +29,13 @@ class ScaleGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, factor: float) -> Tensor:
+        """The input."""
         ctx.factor = factor
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        """The gradient times the factor."""
         return gradient * ctx.factor, None
 
 

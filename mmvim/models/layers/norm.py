@@ -24,5 +24,6 @@ class LayerNorm2d(nn.LayerNorm):
         self.num_channels = num_channels
 
     def forward(self, x: Tensor) -> Tensor:
+        """Maps (B, C, H, W) -> maps of the same shape."""
         x = F.layer_norm(x.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias, self.eps)
         return x.permute(0, 3, 1, 2)

@@ -22,6 +22,7 @@ class ConvNorm(nn.Conv2d):
         self.norm = build_norm_layer(norm_cfg, out_channels)[1]
 
     def forward(self, x: Tensor) -> Tensor:
+        """Maps (B, channels, H, W) -> maps (B, C, H, W)."""
         return self.norm(super().forward(x))
 
 
