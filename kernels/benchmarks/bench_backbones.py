@@ -82,6 +82,16 @@ def memory(side: str, size: int) -> float:
     return float(done.stdout.split()[-1])
 
 
+def measure(args: argparse.Namespace, size: int) -> dict[str, float]:
+    """MiB or milliseconds of every side."""
+    if args.memory:
+        return {side: memory(side, size) for side in args.sides}
+    make = training_step if args.train else inference
+    x = torch.randn(1, 3, size, size)
+    calls = {side: make(build(side, size), x) for side in args.sides}
+    return {side: 1e3 * s for side, s in median_times(calls, args.repeats).items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -105,13 +115,7 @@ def main() -> None:
     unit = 'MiB' if args.memory else 'ms'
     rows = []
     for size in args.sizes:
-        if args.memory:
-            values = {side: memory(side, size) for side in args.sides}
-        else:
-            make = training_step if args.train else inference
-            x = torch.randn(1, 3, size, size)
-            calls = {side: make(build(side, size), x) for side in args.sides}
-            values = {side: 1e3 * s for side, s in median_times(calls, args.repeats).items()}
+        values = measure(args, size)
         rows.append(about | {'what': what, 'size': size, 'unit': unit} | values)
         text = [f'{side} {value:.1f} {unit}' for side, value in values.items()]
         text += [f'{s} / vim {values[s] / values["vim"]:.2f}' for s in values if s != 'vim' and 'vim' in values]

@@ -152,14 +152,18 @@ class Bench:
         if floor and best:
             row |= {'floor': floor, 'share_of_floor': floor / best}
         self.rows.append(row)
+        self.print_row(title, row)
+
+    @staticmethod
+    def print_row(title: str, row: dict) -> None:
         for way in ('eager', 'graph'):
             if row.get(way):
                 text = [f'{name} {value:.1f} us' for name, value in row[way].items()]
                 print(f'{title}, {way}: ' + ', '.join(text), flush=True)
         if 'GB/s' in row:
             print(f'    {row["GB/s"]:.0f} GB/s')
-        if floor and best:
-            print(f'    {100 * floor / best:.0f} % of the floor of {floor:.1f} us')
+        if 'floor' in row:
+            print(f'    {100 * row["share_of_floor"]:.0f} % of the floor of {row["floor"]:.1f} us')
 
     def measure_bandwidth(self) -> None:
         source = torch.empty(2**30, dtype=torch.int8, device=self.device)
@@ -399,6 +403,24 @@ def bench_largest_batch(bench: Bench, pixels: int, dtype: torch.dtype) -> None:
             print(f'{pixels} px, {name}: {value["images_per_s"]:.0f} images/s at batch {value["batch"]}', flush=True)
 
 
+def run_part(bench: Bench, part: str, batches: list[int], pixels: int, dtype: torch.dtype) -> None:
+    tokens = (pixels // 16) ** 2
+    if part == 'largest':
+        bench_largest_batch(bench, pixels, dtype)
+        return
+    for batch in batches:
+        if part == 'ops':
+            for run in (bench_scan, bench_convolution, bench_norm):
+                run(bench, batch, tokens, dtype)
+        elif part == 'blocks':
+            bench_blocks(bench, batch, tokens, dtype)
+        else:
+            bench_backbones(bench, batch, pixels, dtype)
+        gc.collect()
+        if not bench.dry:
+            bench.api.empty_cache()
+
+
 def find_device() -> str:
     for name in ('cuda', 'xpu'):
         if getattr(torch, name).is_available():
@@ -433,21 +455,7 @@ def main() -> None:
     # the first rows to be lost to the clock are the largest batches, and in each part the largest images
     for part in only:
         for pixels in pixels_list:
-            tokens = (pixels // 16) ** 2
-            if part == 'largest':
-                bench_largest_batch(bench, pixels, dtype)
-                continue
-            for batch in args.batches:
-                if part == 'ops':
-                    for run in (bench_scan, bench_convolution, bench_norm):
-                        run(bench, batch, tokens, dtype)
-                elif part == 'blocks':
-                    bench_blocks(bench, batch, tokens, dtype)
-                else:
-                    bench_backbones(bench, batch, pixels, dtype)
-                gc.collect()
-                if not bench.dry:
-                    bench.api.empty_cache()
+            run_part(bench, part, args.batches, pixels, dtype)
     for text in dict.fromkeys(bench.left_out):
         print(f'left out: {text}')
     if bench.dry:

@@ -186,10 +186,7 @@ def _backward(
             **({'maxnreg': MAX_BACKWARD_REGISTERS} if shape.FAST else {}),
         )  # fmt: skip
 
-    if z is None or dz is None:
-        dz = u.new_empty(0)
-    else:
-        dz = dz.view(z.shape) if x.K == 1 else dz.sum(0).to(z.dtype)
+    dz = _sum_of_directions(dz, z, u)
     dA, dB, dC, dD, dbias = map(_total, (dA, dB, dC, dD, dbias), (A, B, C, D, dt_bias), repeat(u))
     return du, ddt, dA, dB, dC, dD, dz, dbias
 
@@ -231,6 +228,12 @@ def _total(partial: Tensor | None, like: Tensor | None, u: Tensor) -> Tensor:
     if like.dim() == 5:
         return partial.unflatten(3, (like.shape[3], -1)).sum(4).to(like.dtype)
     return partial.sum(1).to(like.dtype)
+
+
+def _sum_of_directions(dz: Tensor | None, z: Tensor | None, u: Tensor) -> Tensor:
+    if dz is None or z is None:
+        return u.new_empty(0)
+    return dz.view(z.shape) if dz.shape[0] == 1 else dz.sum(0).to(z.dtype)
 
 
 def _constant(x: Tensor) -> Tensor:
