@@ -8,7 +8,6 @@ Source: Mamba, arXiv 2312.00752, figure 3 and algorithm 2; both directions: Visi
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,29 +30,7 @@ from ...dispatch import Backend, choose_backend, numba_why_not
 from ..causal_conv1d import MAX_WIDTH, MIN_WIDTH
 from ..selective_scan import scan_triton_why_not
 from .composed import mamba_inner_composed
-
-
-class DirectionWeights(NamedTuple):
-    """Parameters of one direction.
-
-    Attributes:
-        conv_weight: (D, W) of the depthwise convolution, W from 2 to 4.
-        conv_bias: (D) or None.
-        x_proj: (R + 2N, D): u to (dt, B, C), in this order.
-        dt_proj: (D, R).
-        A: (D, N), negative.
-        D: (D) skip connection, or None.
-        dt_bias: (D), added before softplus, or None.
-    """
-
-    conv_weight: Tensor
-    conv_bias: Tensor | None
-    x_proj: Tensor
-    dt_proj: Tensor
-    A: Tensor
-    D: Tensor | None
-    dt_bias: Tensor | None
-
+from .weights import DirectionWeights
 
 OPTIONAL = ('conv_bias', 'D', 'dt_bias')
 _NAMES = tuple(

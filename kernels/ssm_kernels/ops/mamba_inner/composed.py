@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,9 +13,7 @@ from torch import Tensor
 from ...arguments import autocast_dtype
 from ..causal_conv1d import bidirectional_causal_conv1d, causal_conv1d, same_conv1d
 from ..selective_scan import bidirectional_selective_scan, selective_scan
-
-if TYPE_CHECKING:
-    from . import DirectionWeights
+from .weights import DirectionWeights
 
 
 def mamba_inner_composed(

@@ -4,8 +4,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,9 +12,7 @@ from ...cpu_threads import address, empty, rows, whole
 from ...cpu_vectors import HALF, LANES
 from ...operators import define
 from . import cpu_kernel
-
-if TYPE_CHECKING:
-    from . import DirectionWeights
+from .weights import DirectionWeights
 
 SLAB = 6  # tiles that one task of the scan takes where there are enough tasks for all threads
 WORDS = ('conv', 'conv_bias', 'x_proj', 'dt_proj', 'A', 'skip', 'dt_bias')  # of DirectionWeights, in order
