@@ -9,10 +9,11 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmseg.evaluation import IoUMetric
 
-from mmvim import tools
 from mmvim.engine.runner import Runner
 from mmvim.errors import ConfigError
 from mmvim.tools import command_line
+from mmvim.tools import test as test_tool
+from mmvim.tools import train as train_tool
 from mmvim.tools.test import write_label_maps
 
 CONFIGS = Path(__file__).parents[2] / 'configs'
@@ -71,7 +72,7 @@ def mark(folder, split, value):
 
 def train(*options):
     given = ('--device', 'cpu', '--cfg-options', 'default_hooks.logger.interval=1', *options)
-    command_line.run(tools.train, ['c.py', '--work-dir', 'work', *given])
+    command_line.run(train_tool, ['c.py', '--work-dir', 'work', *given])
 
 
 @pytest.fixture
@@ -129,7 +130,7 @@ def test_validation_and_tests_refuse_a_value_that_the_metric_would_pass_over(fol
     assert expected.format('val_evaluator') in error(train)
 
     def test(*arguments):
-        command_line.run(tools.test, ['c.py', 'saved.pth', '--work-dir', 'work', *arguments])
+        command_line.run(test_tool, ['c.py', 'saved.pth', '--work-dir', 'work', *arguments])
 
     (checkpoint,) = (folder / 'work').glob('*.pth')
     checkpoint.rename('saved.pth')
