@@ -35,7 +35,8 @@ from mmvim.weights.family import Family, load_published
 class Backbone(BaseModule):
     """Base of all backbones: a stem ``patch_embed``, then blocks, in one row or in stages.
 
-    A subclass has the class attributes below, hands its arguments over, builds its modules, and ends with `freeze`.
+    A subclass sets the class attributes below. Its ``__init__`` passes ``locals()`` to that of the base, builds its
+    modules, and ends with `freeze`. `HierarchicalBackbone` and `PlainBackbone` do more of it.
 
     Attributes:
         arch_zoo: sizes by name.

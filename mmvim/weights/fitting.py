@@ -10,7 +10,7 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from mmvim.errors import CheckpointError
-from mmvim.weights.reading import SOURCE, facts_of_file
+from mmvim.weights.reading import SOURCE, facts_of_file, part_of
 
 
 @dataclass
@@ -181,9 +181,7 @@ def _before_load(
         # of the file's root torch hands over only what the whole model saved
         metadata = {**getattr(state_dict, '_metadata', {}).get('backbone', {}), **facts_of_file(local_metadata)}
         dropped = [name for name in weights if not name.startswith('backbone.')]
-        weights = OrderedDict(
-            (name.removeprefix('backbone.'), weights[name]) for name in weights if name not in dropped
-        )
+        weights = part_of(weights, 'backbone.')
     conversion = convert(module, weights, metadata)
     conversion.dropped[:0] = dropped
     report = compare(conversion, module.state_dict(), may_miss)
