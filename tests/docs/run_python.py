@@ -17,6 +17,7 @@ def is_config(code: ast.Module) -> bool:
 
 
 def run_config(text: str, build: bool) -> None:
+    import torch
     from mmengine.config import Config
     from mmengine.registry import MODELS, DefaultScope
 
@@ -24,8 +25,9 @@ def run_config(text: str, build: bool) -> None:
 
     Path('config_of_a_page.py').write_text(text)
     cfg = Config.fromfile('config_of_a_page.py')
+    scope = cfg.get('default_scope') or 'mmseg'  # model bases of mmseg name none
     if build:
-        with DefaultScope.overwrite_default_scope(cfg.get('default_scope') or 'mmseg'):  # bases of mmseg name no scope
+        with DefaultScope.overwrite_default_scope(scope), torch.device('meta'):  # no time for random weights
             MODELS.build(cfg.model)
 
 

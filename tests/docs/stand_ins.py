@@ -1,5 +1,9 @@
-"""What the pages on trained models need, below the current folder: a photo, and small models with random weights."""
+"""What a page on trained models needs, below the current folder: a photo, and small models with random weights.
 
+Of the models, those whose work directory stands in the text on standard input.
+"""
+
+import sys
 from pathlib import Path
 
 import cv2
@@ -33,7 +37,10 @@ TRAINED = {
 def main() -> None:
     rng = np.random.default_rng(0)
     cv2.imwrite('photo.jpg', rng.integers(0, 256, (64, 96, 3), np.uint8))
+    text = sys.stdin.read()
     for file, (config, options) in TRAINED.items():
+        if file.partition('/')[0] not in text:
+            continue
         cfg = Config.fromfile(CONFIGS / config)
         cfg.merge_from_dict(options)
         if 'demo' not in config:
