@@ -552,7 +552,7 @@ CLASSIFY_MAMBAVISION = dict(type='mmvim.MambaVision', arch='tiny', out_type='avg
 CLASSIFY_DEIT = dict(type='mmvim.VisionTransformer', arch='deit-tiny')
 
 
-@pytest.mark.parametrize('whole', [False, True])
+@pytest.mark.parametrize('whole', [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     'backbone, settings, told',
     [

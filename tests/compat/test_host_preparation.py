@@ -174,7 +174,10 @@ def test_missing_and_old_hosts_are_named_together(monkeypatch):
         require('mmengine', 'mmseg', 'mmdet')
 
 
-@pytest.mark.parametrize('config', ['vim-ti_8xb128_in1k.py', 'upernet_vim-ti_8xb4-60k_ade20k-512x512.py'])
+@pytest.mark.parametrize(
+    'config',
+    ['vim-ti_8xb128_in1k.py', pytest.param('upernet_vim-ti_8xb4-60k_ade20k-512x512.py', marks=pytest.mark.slow)],
+)
 def test_transformers_that_breaks_a_host_is_named(run_python, tmp_path, config):
     """Its version is that of the distribution, and it lacks modules as version 5 lacks names."""
     for module in ('__init__', 'models/__init__', 'models/auto/__init__', 'models/auto/auto_factory'):

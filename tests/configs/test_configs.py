@@ -65,9 +65,11 @@ def build(load):
 
 
 @pytest.mark.parametrize('name', NAMES)
-def test_a_config_is_complete_as_a_file(name):
+def test_a_config_is_complete_as_a_file(load, name):
     """Its model builds by its host's own means, without the runner that replaces what follows from the data."""
     cfg = Config.fromfile(CONFIGS / name)
+    if cfg.model == load(name).model:
+        return  # nothing was replaced: the next test builds the same
     init_default_scope(cfg.default_scope)
     host = import_module(f'{cfg.default_scope}.models')  # not first under torch.device('meta')
     with torch.device('cpu' if 'segmenter' in name else 'meta'):

@@ -56,7 +56,9 @@ def x(tmp_path_factory):
     return path
 
 
-@pytest.fixture(scope='module', params=TARGETS)
+@pytest.fixture(
+    scope='module', params=[pytest.param(t, marks=[pytest.mark.slow] * (t in ('avx', 'baseline'))) for t in TARGETS]
+)
 def values(request, x):
     """Inputs and the functions' values for one target."""
     if request.param in ('avx', 'avx2') and f'+{request.param}' not in cpu_vectors._FEATURES:

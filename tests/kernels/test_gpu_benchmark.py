@@ -58,6 +58,7 @@ def test_published_pipeline_equals_ours(monkeypatch):
         torch.testing.assert_close(published(x), ours(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_every_row_runs():
     result = run(sys.executable, BENCHMARKS / 'bench_gpu.py', '--dry-run', '--pixels', '48', '--batches', '2')
     assert result.returncode == 0, result.stderr
