@@ -13,6 +13,7 @@ from mmvim.config.class_counts import OTHER_HEADS, OTHER_PARTS, OTHER_TYPES
 from mmvim.errors import CheckpointError, ConfigError, DataError
 from mmvim.registry import HOOKS
 from mmvim.weights import Conversion, compare, find_state_dict, fit_to_classifier
+from mmvim.weights.reading import part_of
 
 
 @HOOKS.register_module()
@@ -225,11 +226,11 @@ class CheckpointFitHook(Hook):
 def _convert_backbone(model: nn.Module, weights: dict[str, Tensor], strict: bool) -> Conversion:
     """Weights after what the backbone makes of its part on loading, which also says why that does not fit."""
     backbone = getattr(model, 'backbone', None)
-    own = {name.removeprefix('backbone.'): value for name, value in weights.items() if name.startswith('backbone.')}
+    own = part_of(weights, 'backbone.')
     hooks = getattr(backbone, '_load_state_dict_pre_hooks', {})
     if not own or not hooks:
         return Conversion(weights)
-    metadata = getattr(weights, '_metadata', {}).get('backbone', {})
+    metadata = getattr(own, '_metadata', {}).get('', {})
     for hook in hooks.values():
         hook(own, '', metadata, strict, [], [], [])
     rest = {name: value for name, value in weights.items() if not name.startswith('backbone.')}

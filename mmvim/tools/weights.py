@@ -8,6 +8,7 @@ from mmengine.registry import init_default_scope
 from torch import Tensor, nn
 
 from mmvim.errors import ConfigError
+from mmvim.weights.reading import part_of
 
 PREFIX = 'backbone.'
 
@@ -25,15 +26,7 @@ def backbone_weights(state_dict: Mapping[str, Tensor]) -> tuple[OrderedDict[str,
     """
     if not any(name.startswith(PREFIX) for name in state_dict):
         return OrderedDict(state_dict) if not hasattr(state_dict, '_metadata') else state_dict, []
-    weights = OrderedDict((name.removeprefix(PREFIX), w) for name, w in state_dict.items() if name.startswith(PREFIX))
-    metadata = getattr(state_dict, '_metadata', {})
-    whole = PREFIX.rstrip('.')
-    weights._metadata = OrderedDict(
-        (name.removeprefix(whole).lstrip('.'), value)
-        for name, value in metadata.items()
-        if name == whole or name.startswith(PREFIX)
-    )
-    return weights, [name for name in state_dict if not name.startswith(PREFIX)]
+    return part_of(state_dict, PREFIX), [name for name in state_dict if not name.startswith(PREFIX)]
 
 
 def model_of(cfg: Config) -> ConfigDict:
