@@ -87,6 +87,18 @@ def count_layers(state_dict: Mapping[str, Tensor], blocks: str) -> int:
     return len({name.split('.')[1] for name in state_dict if name.startswith(f'{blocks}.')})
 
 
+def scan_directions(state_dict: Mapping[str, Tensor], mixer: str) -> str | None:
+    """The argument `directions` of a mixer with weights for both; None if it has those of one.
+
+    Args:
+        state_dict: weights by name.
+        mixer: beginning of the names of the mixer's weights.
+    """
+    if f'{mixer}A_b_log' not in state_dict:
+        return None
+    return 'v2' if f'{mixer}conv1d_b.weight' in state_dict else 'v1'
+
+
 def grid_of(num_patches: int, target: tuple[int, int]) -> tuple[int, int] | None:
     """Grid of a table of positions: square, or else the target's; None if it is neither."""
     return square_grid(num_patches) or (tuple(target) if num_patches == target[0] * target[1] else None)

@@ -9,6 +9,7 @@ from mmvim.models.conversion import (
     convert_stages,
     count_blocks,
     drop_unbuilt_stages,
+    scan_directions,
     stage_outputs,
 )
 from mmvim.weights.family import Family, Identity
@@ -46,9 +47,6 @@ def _read(state_dict: Mapping[str, Tensor], backbone: nn.Module | None = None) -
     mlp = state_dict.get(f'{first}ffn.layers.0.0.weight')
     if patch is None or a_log is None or mlp is None:
         return {}
-    directions = 'none'
-    if f'{first}mixer.A_b_log' in state_dict:
-        directions = 'v2' if f'{first}mixer.conv1d_b.weight' in state_dict else 'v1'
     return {
         'embed_dims': patch.shape[0],
         'depths': count_blocks(state_dict, 'stages'),
@@ -56,7 +54,7 @@ def _read(state_dict: Mapping[str, Tensor], backbone: nn.Module | None = None) -
         'patch_size': patch.shape[-1],
         'in_channels': patch.shape[1],
         'd_state': a_log.shape[1],
-        'directions': directions,
+        'directions': scan_directions(state_dict, f'{first}mixer.') or 'none',
     }
 
 

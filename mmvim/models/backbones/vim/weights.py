@@ -12,6 +12,7 @@ from mmvim.models.conversion import (
     drop_unbuilt_blocks,
     grid_of,
     resize_positions,
+    scan_directions,
     square_grid_of,
 )
 from mmvim.models.layers.class_tokens import (
@@ -190,16 +191,13 @@ def _read(state_dict: Mapping[str, Tensor], backbone: nn.Module | None = None) -
     if patch is None or a_log is None:
         return {}
     first = 'layers.0.mixer.'
-    directions = Words("'none', 'block' or 'sequence'")
-    if first + 'A_b_log' in state_dict:
-        directions = 'v2' if first + 'conv1d_b.weight' in state_dict else 'v1'
     settings = {
         'embed_dims': patch.shape[0],
         'depth': count_layers(state_dict, 'layers'),
         'patch_size': patch.shape[-1],
         'in_channels': patch.shape[1],
         'd_state': a_log.shape[1],
-        'directions': directions,
+        'directions': scan_directions(state_dict, first) or Words("'none', 'block' or 'sequence'"),
         'layer scale': Words('yes' if first + 'gamma' in state_dict else 'no'),
     }
     if backbone is None or backbone.cls_layout is not None:  # else those of the file are dropped
