@@ -3,7 +3,6 @@
 import os
 from collections.abc import Callable, Iterable
 from functools import cached_property
-from itertools import chain
 
 from mmengine.config import Config, ConfigDict
 
@@ -105,7 +104,9 @@ class _Completion:
         value, stated = follow(self.cfg), target.get(setting)
         if value is None:
             return
-        if stated is None or _pair(stated) in (_pair(follow(stage)) for stage in chain([self.cfg], self._stages)):
+        followed = stated is None or _pair(stated) == _pair(value)
+        # only a value that differs is worth reading the files again
+        if followed or any(_pair(stated) == _pair(follow(stage)) for stage in self._stages):
             target[setting] = value
             self.used.add(key)
 
