@@ -50,5 +50,5 @@ def keep_host_scope() -> None:
             known[cfg_path] = path, scope
         return path, scope
 
-    get_cfg_path.keeps_host_scope = True
+    vars(get_cfg_path)['keeps_host_scope'] = True
     Config._get_cfg_path = staticmethod(get_cfg_path)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from functools import cached_property
 
 from mmengine.config import Config, ConfigDict
+from mmengine.logging import print_log
 
 from mmvim.compat.types import kind_of
 from mmvim.config.class_counts import set_num_classes
@@ -107,6 +108,8 @@ class _Completion:
         followed = stated is None or _pair(stated) == _pair(value)
         # only a value that differs is worth reading the files again
         if followed or any(_pair(stated) == _pair(follow(stage)) for stage in self._stages):
+            if not followed:
+                print_log(f'{setting}={stated} becomes {value}, as it follows from {key}={self.cfg[key]}', 'current')
             target[setting] = value
             self.used.add(key)
 

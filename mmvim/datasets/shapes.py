@@ -57,10 +57,10 @@ def shapes_recipe(
         size_range=[int(side) for side in size_range],
         seed=int(seed),
     )
-    if min(recipe['num_train'], recipe['num_val'], recipe['max_shapes']) < 1 or recipe['seed'] < 0:
+    if min(num_train, num_val, max_shapes) < 1 or seed < 0:
         raise ValueError(f'num_train, num_val and max_shapes must be at least 1 and seed at least 0, got {recipe}')
-    low, high = recipe['size_range']
-    if not 8 <= low <= high <= min(recipe['image_size']):
+    low, high = size_range
+    if not 8 <= low <= high <= min(image_size):
         raise ValueError(
             f'size_range must rise within 8 and the shorter side of image_size, got {size_range} for {image_size}'
         )
@@ -210,7 +210,7 @@ def _colour(rng: np.random.Generator) -> np.ndarray:
 
 def _background(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     """Coloured noise of two scales, strokes and small patches: nothing in it is filled, closed and large."""
-    image = np.zeros((height, width, 3))
+    image: np.ndarray = np.zeros((height, width, 3))
     for cells, strength in ((3, 1.0), (12, 0.35)):
         grid = np.stack([_colour(rng) for _ in range(cells * cells)]).reshape(cells, cells, 3)
         image = image * (1 - strength) + _enlarge(grid, height, width) * strength
@@ -264,6 +264,8 @@ def _outline(
     radius = float(np.exp(rng.uniform(*np.log(np.asarray(size_range) / 2))))
     turn = rng.uniform(0, 2 * np.pi)
     name = CLASSES[label]
+    angles: np.ndarray
+    radii: np.ndarray
     if name == 'circle':
         angles, radii = np.linspace(0, 2 * np.pi, 64, endpoint=False), np.ones(64)
     elif name == 'rectangle':

@@ -77,7 +77,7 @@ def low_precision(model: nn.Module, parts: Sequence[str], dtype: torch.dtype) ->
         ValueError: if the model has none of the parts.
     """
     if is_model_wrapper(model):
-        model = model.module
+        model = model.get_submodule('module')
     modules = [getattr(model, part) for part in parts if isinstance(getattr(model, part, None), nn.Module)]
     if not modules:
         raise ValueError(f'{type(model).__name__} has none of {tuple(parts)}: name the parts to run in {dtype}')

@@ -3,7 +3,7 @@
 import functools
 import json
 import statistics
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -34,7 +34,8 @@ class Stopwatch:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.rows, self.stack = device, Counter(), [REST]
+        self.device, self.stack = device, [REST]
+        self.rows: dict[str, float] = defaultdict(float)
         self.last = clock(device)
 
     def lap(self) -> None:
@@ -134,7 +135,7 @@ class TimeSplitHook(Hook):
                 self.shapes[tuple(meta.get('batch_input_shape') or meta.get('img_shape') or ())] += 1
                 if 'pred_instances' in sample:
                     self.found.append(len(sample.pred_instances))
-        self.watch.rows = Counter()
+        self.watch.rows = defaultdict(float)
         self.watch.enter(DATA)
 
     def after_test_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
@@ -189,7 +190,7 @@ def _timed_methods(model: nn.Module) -> Iterator[tuple[str, object, str]]:
                 yield POST, module, method
 
 
-def _summary(values: list[float], total: list[float]) -> dict[str, float]:
+def _summary(values: list[float], total: list[float]) -> dict[str, float | list[float]]:
     return dict(
         mean_ms=statistics.mean(values),
         share=sum(values) / sum(total),

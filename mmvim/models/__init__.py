@@ -14,6 +14,6 @@ keep_paths(
         'mmvim.models.layers.mambavision_mixer': 'mmvim.models.backbones.mambavision.mixer',
     }
 )
-layers.MambaVisionMixer = MambaVisionMixer  # it stood there
+vars(layers)['MambaVisionMixer'] = MambaVisionMixer  # it stood there
 
 __all__ = ['HierVim', 'LayerNorm2d', 'MambaVision', 'SimpleFPN', 'VisionMamba', 'VisionTransformer']

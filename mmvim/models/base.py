@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from mmengine.model import BaseModule
@@ -151,11 +152,11 @@ class Backbone(BaseModule):
         return sum(self.depths[: stage + 1]), last + 1
 
 
-def run_block(block: nn.Module, with_cp: bool, x: Tensor, *inputs: object):
+def run_block(block: nn.Module, with_cp: bool, x: Tensor, *inputs: object) -> Any:
     """Result of a block, which is computed again in the backward pass if ``with_cp``."""
     if not (with_cp and torch.is_grad_enabled() and x.requires_grad):
         return block(x, *inputs)
-    options = {}
+    options: dict[str, Any] = {}
     if not torch.compiler.is_compiling():  # which recomputes the operations alone, and takes no such context
         options['context_fn'] = lambda: (nullcontext(), _statistics_kept(block))
     return checkpoint(block, x, *inputs, use_reentrant=False, **options)
@@ -251,17 +252,13 @@ class PlainBackbone(Backbone):
     def __init__(self, arguments: Mapping[str, object], cls_layout: str | None) -> None:
         super().__init__(arguments)
         self.depth = self.settings['depth']
+        self.depths = (1,) * self.depth
         self.cls_layout = cls_layout
         final_norm = arguments['final_norm']
         self.final_norm = self.out_type != 'featmap' if final_norm is None else final_norm
         self.interpolate_mode = arguments['interpolate_mode']
         self.with_cp = arguments['with_cp']
         self.out_indices = self._absolute_indices(arguments['out_indices'])
-
-    @property
-    def depths(self) -> tuple[int, ...]:
-        """A stage for each block."""
-        return (1,) * self.depth
 
     def _absolute_indices(self, out_indices: int | Sequence[int]) -> tuple[int, ...]:
         indices = self._rising_indices(out_indices)

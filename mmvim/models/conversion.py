@@ -42,8 +42,9 @@ def _is_output_norm(name: str) -> bool:
 def convert_stages(backbone: nn.Module, weights: Mapping[str, Tensor], metadata: Mapping) -> Conversion:
     """`Family.convert` of backbones in four stages."""
     norms = {name for name, _ in backbone.named_children() if _is_output_norm(name)}
-    built = len(getattr(backbone, backbone.BLOCKS))
-    return drop_unbuilt_stages(backbone.WEIGHTS.rename(weights), backbone.BLOCKS, built, norms)
+    blocks = str(backbone.BLOCKS)
+    built = len(getattr(backbone, blocks))
+    return drop_unbuilt_stages(backbone.WEIGHTS.rename(weights), blocks, built, norms)
 
 
 def stage_outputs(weights: Mapping[str, Tensor], depths: Sequence[int]) -> dict:
@@ -101,7 +102,7 @@ def scan_directions(state_dict: Mapping[str, Tensor], mixer: str) -> str | None:
 
 def grid_of(num_patches: int, target: tuple[int, int]) -> tuple[int, int] | None:
     """Grid of a table of positions: square, or else the target's; None if it is neither."""
-    return square_grid(num_patches) or (tuple(target) if num_patches == target[0] * target[1] else None)
+    return square_grid(num_patches) or ((target[0], target[1]) if num_patches == target[0] * target[1] else None)
 
 
 def square_grid_of(weights: Mapping[str, Tensor], tokens: int, family: str) -> tuple[int, int]:
@@ -128,7 +129,6 @@ def resize_positions(
     result: Conversion, patches: Tensor, source: tuple[int, int], target: tuple[int, int], mode: str
 ) -> Tensor:
     """Interpolate positions (1, M, D) of patches to another grid (h, w), and note it in the result."""
-    source, target = tuple(source), tuple(target)
-    if source != target:
+    if tuple(source) != tuple(target):
         result.interpolated.append(f'pos_embed from {source[0]}x{source[1]} to {target[0]}x{target[1]}')
     return resize_pos_embed(patches, source, target, mode)

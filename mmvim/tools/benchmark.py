@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from mmengine.utils import ProgressBar
@@ -143,27 +144,27 @@ class Sweep:
 
     def _can_take(self, label: str, resolution: int, fpn: bool) -> None:
         """Makes a pass without values, or for models that look at values a real one."""
-        _, _, *config = self.models[label]
+        _, _, backbone, neck, scope = self.models[label]
         shape = min(self.args.batch_sizes), 3, resolution, resolution
 
         def make() -> nn.Module:
-            return build(*config, fpn, resolution)
+            return build(backbone, neck, scope, fpn, resolution)
 
-        def trial(model: nn.Module) -> None:
+        def trial(model: Any) -> None:
             x = torch.ones(shape, device=next(model.parameters()).device)
             model.train(self.args.train)
             if fpn:
-                model, neck = model
+                model, pyramid = model
                 x = model(x)
                 if any(y.ndim != 4 for y in (x if isinstance(x, tuple | list) else (x,))):
                     raise ValueError(
                         "the backbone gives no maps for --fpn, see its options (ours: ':out_type=featmap')"
                     )
-                model = neck
+                model = pyramid
             model(x)
 
         try:
-            model = hollow(make)
+            model: Any = hollow(make)
             with torch.no_grad(), next(model.parameters()).fake_mode:
                 trial(model)
             return
@@ -254,7 +255,7 @@ class Sweep:
     def _measure(self, cell: Cell, labels: list[str]) -> Iterator[dict]:
         times, failed = self._times(cell, labels)
         for label in labels:
-            row = dict(model=label, error=failed.get(label))
+            row: dict[str, object] = dict(model=label, error=failed.get(label))
             if label not in failed:
                 median = statistics.median(times[label])
                 row |= dict(
@@ -271,9 +272,9 @@ class Sweep:
             yield row
 
     def _call(self, cell: Cell, label: str, resolution: int | None = None) -> Callable[[], None]:
-        _, _, *config = self.models[label]
+        _, _, backbone, neck, scope = self.models[label]
         side, dtype = resolution or cell.resolution, DTYPES[self.args.dtype]
-        model = build(*config, cell.fpn, side).to(self.device)
+        model = build(backbone, neck, scope, cell.fpn, side).to(self.device)
         x = torch.randn(cell.batch_size, 3, side, side, device=self.device)
         if self.args.no_autocast:
             return runner(model.to(dtype), x.to(dtype), self.args.train, None)

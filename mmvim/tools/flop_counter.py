@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
+from typing import Any
 
 import torch
 from mmengine.analysis import FlopAnalyzer
@@ -61,10 +62,10 @@ def causal_conv1d(x: Shape, weight: Shape, *_, **__) -> Counter[str]:
 
 def mamba_inner(x: Shape, z: Shape | None, weights: Sequence[Shape], *_, **__) -> Counter[str]:
     """Convolution, x_proj, dt_proj and scan of every direction; x (B, L, D), seven weights for a direction."""
-    found = Counter()
+    found: Counter[str] = Counter()
     for first in range(0, len(weights), 7):
-        conv, _, x_proj, dt_proj, A = weights[first : first + 5]
-        found += Counter(convolution=conv[1], linear=x_proj[0] + dt_proj[1], scan=SCAN * A[1])
+        conv, bias, x_proj, dt_proj, A = weights[first : first + 5]
+        found.update(convolution=conv[1], linear=x_proj[0] + dt_proj[1], scan=SCAN * A[1])
     return Counter({kind: count * prod(x) for kind, count in found.items()})
 
 
@@ -115,7 +116,7 @@ def _handle(formula: Callable[..., Counter[str]]) -> Callable[[list, list], int]
     return lambda inputs, outputs: sum(formula(*map(_traced_shape, inputs)).values())
 
 
-def _traced_shape(value: torch._C.Value) -> Shape | list[Shape] | None:
+def _traced_shape(value: Any) -> Any:
     if value.node().kind() == 'prim::ListConstruct':
         return [_traced_shape(entry) for entry in value.node().inputs()]
     return value.type().sizes() if value.isCompleteTensor() else None
@@ -324,14 +325,15 @@ def _has_known_second_stage(model: nn.Module) -> bool:
 
 def _second_stage(model: nn.Module, image: Tensor) -> tuple[int, int]:
     """Box heads for as many proposals as a test allows at most, mask heads for as many detections."""
-    head, test = model.roi_head, model.test_cfg
+    head: Any = model.roi_head
+    test: Any = model.test_cfg
     rois = test['rpn']['max_per_img'] if test.get('rpn') else test['rcnn']['max_per_img']
     masks = test['rcnn']['max_per_img'] if head.with_mask else 0
 
     def each(part: nn.Module) -> list[nn.Module]:
         return list(part) if isinstance(part, nn.ModuleList) else [part]
 
-    def features(extractor: nn.Module, number: int) -> Tensor:
+    def features(extractor: Any, number: int) -> Tensor:
         out = image.new_empty(number, extractor.out_channels, *extractor.roi_layers[0].output_size)
         return head.shared_head(out) if head.with_shared_head else out
 

@@ -134,14 +134,15 @@ def default_shape(cfg: Config) -> tuple[tuple[int, int], str]:
         if isinstance(value, int):
             return (value, value), source
         if isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(side, int) for side in value):
-            return tuple(value), source
+            return (value[0], value[1]), source
     raise ConfigError(f"config '{cfg.filename}' does not say how large its images are: give --shape HEIGHT WIDTH")
 
 
 def padded(cfg: Config, shape: tuple[int, int]) -> tuple[int, int]:
     """Shape that the config's preprocessor hands to the model."""
     divisor = (cfg.model.get('data_preprocessor') or {}).get('pad_size_divisor') or 1
-    return tuple(-(-side // divisor) * divisor for side in shape)
+    height, width = (-(-side // divisor) * divisor for side in shape)
+    return height, width
 
 
 def _turned(scale: object) -> object:
@@ -178,8 +179,8 @@ def describe(cost: Cost) -> str:
 
 def growth(costs: Sequence[Cost]) -> str:
     """How the cost grows with the image, in all and by token."""
-    header = ('size', 'tokens', 'parameters, M', 'FLOPs, G', 'backbone, G', 'scan, G')
-    header += ('scan per token, M', 'attention per token, M')
+    header = ['size', 'tokens', 'parameters, M', 'FLOPs, G', 'backbone, G', 'scan, G']
+    header += ['scan per token, M', 'attention per token, M']
     rows = []
     for cost in costs:
         kinds, tokens = cost.kinds, cost.tokens

@@ -184,7 +184,8 @@ def _on_map(values: Tensor, block: Block) -> np.ndarray:
 
 def _centre(position: tuple[int, int], block: Block) -> tuple[float, float]:
     """Middle of a position of the map, as x and y in pixels."""
-    return tuple(block.offset + (i + 0.5) * block.stride for i in reversed(position))
+    row, column = (block.offset + (i + 0.5) * block.stride for i in position)
+    return column, row
 
 
 def _extent(block: Block) -> tuple[float, float, float, float]:
@@ -210,7 +211,7 @@ def _title(axes: np.ndarray, titles: list[list[str]]) -> None:
 
 def _save(figure: Figure, path: Path, picture: np.ndarray, title: str) -> None:
     for axis in figure.axes:
-        if axis.images and not axis.get_label().startswith('<colorbar'):
+        if axis.images and not str(axis.get_label()).startswith('<colorbar'):
             axis.set(xlim=(0, picture.shape[1]), ylim=(picture.shape[0], 0))
     figure.suptitle(title, fontsize=10)
     figure.savefig(path)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -9,9 +10,9 @@ from torch import Tensor, nn
 
 from mmvim.errors import ConfigError
 from mmvim.models.backbones import HierVim, MambaVision, VisionMamba, VisionTransformer
-from mmvim.models.layers import MambaVisionMixer, VimMixer
+from mmvim.models.backbones.mambavision.mixer import CONVS, MambaVisionMixer
+from mmvim.models.layers import VimMixer
 from mmvim.models.layers.class_tokens import class_token_positions
-from mmvim.models.layers.mambavision_mixer import CONVS
 from mmvim.models.layers.windows import from_windows, window_shape
 from ssm_kernels import causal_conv1d
 
@@ -136,7 +137,7 @@ class _Recorder:
 
     name: str
     module: nn.Module
-    output: object = None
+    output: Any = None
     tokens: Tensor | None = None
     reverse: bool = False
     size: tuple[int, int] | None = None
@@ -259,7 +260,7 @@ def _trace_transformer(backbone: VisionTransformer, image: Tensor) -> list[Block
     return [r.block(_lay_out(r.output, token_index), token_index, backbone.patch_embed.patch_stride) for r in recorders]
 
 
-TRACERS: dict[type, Callable[[nn.Module, Tensor], list[Block]]] = {
+TRACERS: dict[type, Callable[..., list[Block]]] = {
     VisionMamba: _trace_vim,
     HierVim: _trace_hier_vim,
     MambaVision: _trace_mambavision,

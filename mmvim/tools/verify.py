@@ -6,6 +6,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
+from typing import cast
 
 import torch
 from mmengine.config import Config
@@ -98,8 +99,8 @@ def _verify_file(path: str | os.PathLike, args: argparse.Namespace) -> None:
             'MambaVision, HierVim and DeiT. If one of the configs is for it, name it with --config'
         )
     if identity is not None:
-        size = f' {identity.size}' if identity.size else ', a size of its own'
-        print(f'  model: {identity.family}{size}; {"; ".join(identity.facts)}')
+        name = f' {identity.size}' if identity.size else ', a size of its own'
+        print(f'  model: {identity.family}{name}; {"; ".join(identity.facts)}')
         for note in identity.notes:
             print(f'  assumed: {note}')
     if args.config:
@@ -187,7 +188,7 @@ def load(backbone: nn.Module, weights: Mapping[str, Tensor]) -> LoadReport:
         backbone.load_state_dict({name: weights[name] for name in report.loaded}, strict=False)
         return report
     backbone.load_state_dict(weights, strict=False)
-    return backbone.load_report
+    return cast(LoadReport, backbone.load_report)
 
 
 def print_report(report: LoadReport, all_names: bool, indent: str = '  ') -> None:

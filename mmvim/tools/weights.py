@@ -13,7 +13,7 @@ from mmvim.weights.reading import part_of
 PREFIX = 'backbone.'
 
 
-def backbone_weights(state_dict: Mapping[str, Tensor]) -> tuple[OrderedDict[str, Tensor], list[str]]:
+def backbone_weights(state_dict: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], list[str]]:
     """Split the weights of a whole model into its backbone's and the rest.
 
     Metadata that the backbone saved with its weights (grid, class tokens) stay with them.

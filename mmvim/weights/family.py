@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -102,7 +103,7 @@ class Family:
     def size_of(self, arch_zoo: Mapping[str, Mapping], settings: Mapping) -> str | None:
         """The last name of the size with these settings, as far as they are keys of `arch`; None if there is none."""
         shown = {key: value for key, value in settings.items() if key in self.arch}
-        for name, arch in reversed(arch_zoo.items()):
+        for name, arch in reversed(list(arch_zoo.items())):
             if all(arch.get(key, self.arch[key]) == value for key, value in shown.items()):
                 return name
         return None
@@ -150,7 +151,8 @@ def differ(backbone: nn.Module, weights: Mapping[str, Tensor], metadata: Mapping
         weights: weights in the file, by published name.
         metadata: what was saved beside them.
     """
-    family, ours = backbone.WEIGHTS, backbone.WEIGHTS.values(backbone)
+    family = cast(Family, backbone.WEIGHTS)
+    ours = family.values(backbone)
     if METADATA in metadata:
         return differing(family.hidden, metadata[METADATA], ours)
     known = family.known(backbone, weights, metadata, ours)

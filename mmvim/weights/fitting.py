@@ -146,7 +146,7 @@ def convert_on_load(
             `load_state_dict` only shapes count; missing and unknown names are left to its `strict`, and of settings
             that would be refused a warning is logged.
     """
-    module.load_report = None
+    module.load_report = None  # type: ignore[assignment]  # torch knows tensors and modules as attributes alone
     hook = partial(_before_load, convert=convert, explain=explain, differ=differ, may_miss=tuple(may_miss))
     module._register_load_state_dict_pre_hook(hook, with_module=True)
 

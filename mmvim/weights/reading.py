@@ -284,3 +284,4 @@ def _download(url: str, target: Path) -> str | None:
             f"'{url}' cannot be downloaded ({error}): check the address, or download it by other means and give the "
             'path of the file'
         )
+    return None

@@ -6,10 +6,11 @@ metadata of the state dict, and compares them when it loads.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 METADATA = 'mmvim'  # the key under which a backbone saves what names and shapes do not tell
 
-Values = Mapping[str, object]
+Values = Mapping[str, Any]
 
 
 def always(theirs: Values, ours: Values) -> bool:

@@ -1,7 +1,7 @@
 """Cascade R-CNN's second stage with one place for the class count, ViTDet's single mask head and its training."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from mmdet.models.roi_heads import CascadeRoIHead as _CascadeRoIHead
@@ -221,14 +221,14 @@ def _is_list(value: object) -> bool:
 
 def _check_dicts(name: str, value: object, several: bool = False) -> None:
     """Refuse what is no config of a part, or of one part per stage."""
-    parts = list(value) if several and _is_list(value) else [value]
+    parts = list(value) if several and isinstance(value, list | tuple) else [value]
     if not parts or not all(isinstance(part, dict) for part in parts):
         legal = 'a dict, or a list with one for each stage' if several else 'one dict, not one for each stage'
         more = "; MMDetection's own CascadeRoIHead has a mask head for each stage" if name == 'mask_head' else ''
         raise ValueError(f'roi_head.{name} must be {legal}, got {value!r}{more}')
 
 
-def _check_numbers(name: str, values: object, is_legal, legal: str) -> None:
+def _check_numbers(name: str, values: Iterable | None, is_legal: Callable[[float], bool], legal: str) -> None:
     if values is not None and not all(type(value) in (int, float) and is_legal(value) for value in values):
         raise ValueError(f'roi_head.{name} must be one number {legal} per stage, got {values!r}')
 
@@ -284,8 +284,8 @@ def _stage_cfgs(
     """Assigner and sampler of each stage."""
     if train_cfg is None:
         return None
-    listed = _is_list(train_cfg)
-    cfgs = [copy.deepcopy(cfg) for cfg in (train_cfg if listed else [train_cfg] * count)]
+    listed = not isinstance(train_cfg, dict)
+    cfgs: list[dict] = [copy.deepcopy(cfg) for cfg in (train_cfg if listed else [train_cfg] * count)]
     for stage, cfg in enumerate(cfgs):
         key = f'roi_head.train_cfg.{stage}' if listed else 'roi_head.train_cfg'
         if stage and not resample:

@@ -30,7 +30,7 @@ class PatchEmbed(nn.Module):
 
     def grid_size(self, height: int, width: int) -> tuple[int, int]:
         """Grid (h, w) of an image of height x width pixels."""
-        return tuple(self._patches(side) for side in (height, width))
+        return self._patches(height), self._patches(width)
 
     def _patches(self, side: int) -> int:
         beyond = side - self.patch_size

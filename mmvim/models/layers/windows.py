@@ -56,7 +56,7 @@ def from_windows(x: Tensor, window: tuple[int, int], images: int, size: tuple[in
 
 def _counts(window: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
     """Rows and columns of windows that cover a map."""
-    return tuple(-(-side // length) for side, length in zip(size, window, strict=True))
+    return -(-size[0] // window[0]), -(-size[1] // window[1])
 
 
 # Views and padding make an export decide by its example whether a map is one window wide, and whether it is padded.

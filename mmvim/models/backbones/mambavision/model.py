@@ -162,7 +162,7 @@ class Level(Stage):
         self.window = window
         self.fit_windows = fit_windows
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *_: object) -> Tensor:
         """Map (B, C, H, W) -> map (B, C, H, W), not down-sampled."""
         if self.window is None:
             return super().forward(x)
@@ -272,7 +272,7 @@ class MambaVision(HierarchicalBackbone):
         for i in range(self.out_indices[-1] + 1):
             width = self.embed_dims * 2**i
             if i < CONV_LEVELS:
-                blocks = [ConvBlock(width, next(rates)) for _ in range(self.depths[i])]
+                blocks: list[nn.Module] = [ConvBlock(width, next(rates)) for _ in range(self.depths[i])]
             else:
                 blocks = [
                     WindowBlock(

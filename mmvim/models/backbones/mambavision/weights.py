@@ -103,7 +103,7 @@ def _attention(state_dict: Mapping[str, Tensor], depths: Sequence[int]) -> str |
     return found
 
 
-def _attention_remedy(value: str | int | tuple[bool, ...]) -> str:
+def _attention_remedy(value: object) -> str:
     return 'no value of attention gives these blocks' if isinstance(value, tuple) else f'set attention={value!r}'
 
 
@@ -114,7 +114,7 @@ def _known(backbone: nn.Module, weights: Mapping[str, Tensor], metadata: Mapping
         return Known()
     shown = {key: found[key] for key in ('embed_dims', 'stem_channels', 'depths')}
     size = WEIGHTS.size_of(backbone.arch_zoo, shown)
-    values = {'mixer_conv': 'same'}
+    values: dict[str, object] = {'mixer_conv': 'same'}
     if size:
         values['num_heads'] = backbone.arch_zoo[size]['num_heads']
     if size and published_head(weights, metadata):

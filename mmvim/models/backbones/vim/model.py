@@ -1,6 +1,7 @@
 """Vision Mamba (Vim), a plain backbone of bidirectional state-space blocks."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -248,14 +249,12 @@ class VisionMamba(PlainBackbone):
         cos, sin = self.rotary.tables(grid, like.device)
         count = len(class_token_names(self.cls_layout))
         still, none = [torch.ones_like(cos[None, :1])] * count, [torch.zeros_like(sin[None, :1])] * count
-        return tuple(
-            insert_class_tokens(self.cls_layout, table[None], own)[0] for table, own in ((cos, still), (sin, none))
-        )
+        tables = ((cos, still), (sin, none))
+        cos, sin = (insert_class_tokens(self.cls_layout, table[None], own)[0] for table, own in tables)
+        return cos, sin
 
-    def _rotate(
-        self, hidden: Tensor, residual: Tensor | None, tables: tuple[Tensor, Tensor] | None
-    ) -> tuple[Tensor, Tensor | None]:
-        if tables is not None:
+    def _rotate(self, hidden: Tensor, residual: Any, tables: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Any]:
+        if self.rotary is not None and tables is not None:
             hidden = self.rotary(hidden, *tables)
             if residual is not None and self.rotary_mode == 'both':
                 residual = self.rotary(residual, *tables)

@@ -374,8 +374,8 @@ def _recognise(weights: Mapping[str, Tensor], arch_zoo: Mapping[str, Mapping]) -
     return Identity('Vim', size, backbone, image_size, facts, notes)
 
 
-def _class_token_remedy(count: str) -> str:
-    return 'set cls_token=' + {'none': 'None', 'one': "'middle'", 'double': "'double'"}[count]
+def _class_token_remedy(count: object) -> str:
+    return 'set cls_token=' + {'none': 'None', 'one': "'middle'", 'double': "'double'"}[str(count)]
 
 
 WEIGHTS = Family(

@@ -193,9 +193,9 @@ def _recognise(file: Mapping[str, Tensor], arch_zoo: Mapping[str, Mapping]) -> I
     width, depth, patch = found['embed_dims'], found['depth'], found['patch_size']
     tokens = [name for name in PREFIX_TOKENS if name in weights]
     grid = saved.get('grid') or square_grid_of(weights, len(tokens), 'DeiT')
-    image_size = tuple(n * patch for n in grid)
+    image_size = grid[0] * patch, grid[1] * patch
     arch = dict(embed_dims=width, depth=depth, num_heads=saved.get('num_heads', max(width // 64, 1)))
-    size = next((name for name, a in reversed(arch_zoo.items()) if a == arch), None)
+    size = next((name for name, a in reversed(list(arch_zoo.items())) if a == arch), None)
     final_norm = 'norm.weight' in weights
     distilled = 'dist_token' in tokens
     backbone = dict(
