@@ -1,3 +1,4 @@
+import json
 import os
 import subprocess
 import sys
@@ -40,16 +41,46 @@ def default_scope_of_its_own():
     DefaultScope._instance_dict.update(before)
 
 
-@pytest.fixture
-def run_python(tmp_path):
-    """Run a script in a fresh interpreter, outside the source tree, and return what it prints."""
+@pytest.fixture(scope='session')
+def run_script(tmp_path_factory):
+    """Run a Python script with arguments; returns the finished process.
 
-    def run(script: str, *, python: str = sys.executable, env: dict[str, str] | None = None) -> str:
+    It starts as a fork of `forks.py`, as fresh as a new interpreter but for the libraries that are there already.
+    """
+    server = subprocess.Popen(
+        [sys.executable, '-W', 'ignore', Path(__file__).parent / 'forks.py'],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    files = [tmp_path_factory.mktemp('forks') / name for name in ('input', 'output', 'errors')]
+
+    def run(*command, cwd, given: str = '') -> subprocess.CompletedProcess:
+        for file, text in zip(files, (given, '', ''), strict=True):
+            file.write_text(text)
+        names = [str(word) for word in command]
+        request = dict(command=names, folder=str(cwd), files=[str(f) for f in files], environment=dict(os.environ))
+        print(json.dumps(request), file=server.stdin, flush=True)
+        status = int(server.stdout.readline())
+        return subprocess.CompletedProcess(names, status, files[1].read_text(), files[2].read_text())
+
+    yield run
+    server.kill()
+    server.wait()
+
+
+@pytest.fixture
+def run_python(tmp_path, run_script):
+    """Run a script outside the source tree and return what it prints; in a new interpreter if one is named."""
+
+    def run(script: str, *, python: str | None = None, env: dict[str, str] | None = None) -> str:
         path = tmp_path / 'script.py'
         path.write_text(script)
-        result = subprocess.run(
-            [python, '-W', 'ignore', str(path)], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300
-        )
+        if python is None and env is None:
+            result = run_script(path, cwd=tmp_path)
+        else:
+            command = [python or sys.executable, '-W', 'ignore', str(path)]
+            result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
         assert result.returncode == 0, f'{result.stdout}\n{result.stderr}'
         return result.stdout
 

@@ -1,6 +1,7 @@
 """What `import mmvim` changes for the hosts, each in an interpreter of its own."""
 
 import json
+import sys
 from pathlib import Path
 
 import mmcv
@@ -14,7 +15,8 @@ import json, sys
 import mmvim
 heavy = 'mmcv', 'mmdet', 'mmseg', 'mmpretrain', 'torchvision', 'cv2', 'triton', 'numba'
 print(json.dumps([name for name in heavy if name in sys.modules]))
-"""
+""",
+        python=sys.executable,
     )
     assert json.loads(out) == []
 

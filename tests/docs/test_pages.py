@@ -23,10 +23,10 @@ SLOW_BASH = ('docs/tools.md',)  # counts the FLOPs of a model
 FOLDERS = ('configs/', 'tools/', 'kernels/', 'docs/', 'tests/', '.ci/', 'mmvim/')
 
 
-def script(name: str, given: object, cwd: Path) -> subprocess.CompletedProcess:
-    """Run a script of this folder in a fresh interpreter."""
-    command = [sys.executable, '-W', 'ignore', str(FOLDER / f'{name}.py')]
-    return subprocess.run(command, input=json.dumps(given), cwd=cwd, capture_output=True, text=True, timeout=300)
+@pytest.fixture
+def script(run_script):
+    """Run a script of this folder on values given as JSON."""
+    return lambda name, given, cwd: run_script(FOLDER / f'{name}.py', cwd=cwd, given=json.dumps(given))
 
 
 def test_every_block_has_a_language():
@@ -41,7 +41,7 @@ def test_every_block_has_a_language():
         for page in dict.fromkeys(block.page for block in PYTHON)
     ],
 )
-def test_python(page, tmp_path):
+def test_python(page, tmp_path, script):
     given = [asdict(block) for block in PYTHON if block.page == page]
     if any('work_dirs' in block['text'] for block in given):
         prepared = script('stand_ins', given, tmp_path)
@@ -81,7 +81,7 @@ def test_commands_name_files_that_exist():
             assert is_output or list(ROOT.glob(word.partition('::')[0])), f'{block} names {word}'
 
 
-def test_the_tools_take_their_commands():
+def test_the_tools_take_their_commands(script):
     lines = [(str(block), *line) for block in BASH for line in tool_lines(block)]
     assert len(lines) > 20
     finished = script('parse_commands', lines, ROOT)

@@ -32,14 +32,15 @@ def tiny_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope='session')
-def run_tool():
+def run_tool(run_script):
     """Run a tool as a user does, in several processes if asked; returns the finished process."""
 
     def run(name, *arguments, cwd, processes=1):
-        start = [sys.executable, '-W', 'ignore']
-        if processes > 1:
-            start += ['-m', 'torch.distributed.run', f'--nproc_per_node={processes}', '--standalone']
-        command = [*start, str(REPOSITORY / 'tools' / f'{name}.py'), *map(str, arguments)]
+        tool = REPOSITORY / 'tools' / f'{name}.py'
+        if processes == 1:
+            return run_script(tool, *arguments, cwd=cwd)
+        start = ('-W', 'ignore', '-m', 'torch.distributed.run', f'--nproc_per_node={processes}', '--standalone')
+        command = [sys.executable, *start, tool, *map(str, arguments)]
         return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600)
 
     return run

@@ -2,8 +2,6 @@
 
 import argparse
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -341,10 +339,8 @@ def test_a_folder(check):
     assert 'model: HierVim' in out and "PROBLEM: 'b.pt' is of another model" in out
 
 
-def test_the_tool_itself(tmp_path):
+def test_the_tool_itself(tmp_path, run_tool):
     torch.save({'model': dict(build('HierVim', arch=SMALL_HIER_VIM).state_dict())}, tmp_path / 'a.pth')
-    script = str(REPOSITORY / 'tools' / 'verify_checkpoint.py')
-    command = [sys.executable, '-W', 'ignore', script, 'a.pth']
-    finished = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    finished = run_tool('verify_checkpoint', 'a.pth', cwd=tmp_path)
     assert finished.returncode == 0, finished.stderr
     assert 'model: HierVim, a size of its own' in finished.stdout

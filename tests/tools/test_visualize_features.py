@@ -1,7 +1,5 @@
 """tools/visualize_features.py: what it computes, the pictures that it writes, and errors in one line."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import cv2
@@ -260,9 +258,8 @@ def test_wrong_input_is_told_in_one_line(folder, capsys, arguments, message):
     assert error.startswith('error: ') and message in error
 
 
-def test_the_tool_itself(folder):
-    script = REPOSITORY / 'tools' / 'visualize_features.py'
-    command = [sys.executable, '-W', 'ignore', script, 'image.png', 'small.py', 'model.pth', '--device', 'cpu']
-    finished = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=300)
+def test_the_tool_itself(folder, run_tool):
+    arguments = ('image.png', 'small.py', 'model.pth', '--device', 'cpu')
+    finished = run_tool('visualize_features', *arguments, cwd=Path.cwd())
     assert finished.returncode == 0, finished.stderr
     assert Path('pictures/image_block01_scan.png').is_file()
