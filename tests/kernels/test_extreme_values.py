@@ -181,10 +181,10 @@ def test_norm_of_rows_whose_squares_overflow(backend):
 @pytest.mark.parametrize('constant', [False, True], ids=['per-token', 'constant'])
 @pytest.mark.parametrize('softplus', [False, True], ids=['plain', 'softplus'])
 def test_a_state_that_decays_to_nothing_is_gone_however_large_it_was(softplus, constant, backend):
-    """A smallest number in place of exp(-1e4) left 1e-4 of 1e34 in the state."""
+    """The smallest normal number in place of exp(-200) left 1e-4 of 1e34 in the state."""
     shape = (D, N) if constant else (1, 5, N)
     u, dt, A, b, c = draw(1, 5, D), draw(1, 5, D), -draw(D, N), draw(*shape), draw(*shape)
-    u[:, 1], dt[:, 2] = 1e34, 1e4
+    u[:, 1], u[:, 2], dt[:, 2] = 1e34, 0.0, 400.0
     found = {}
     for dtype, name in ((torch.float32, backend), (torch.float64, 'torch')):
         inputs = [x.to(dtype) for x in (u, dt, A, b, c)]
