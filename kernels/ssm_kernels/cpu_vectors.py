@@ -150,11 +150,13 @@ def _emit_permute(builder, table, index):
 def _emit_half_exp2(builder, t):
     """2^t / 2, which is still finite where 2^t is, and the half of inf where 2^t overflows: twice it is right there.
 
-    The factor 2^128 would be inf, and inf times a remainder of 0 is NaN.
+    The factor 2^128 would be inf, and inf times a remainder of 0 is NaN. Below 2^-125 it is 0: a smallest number in its
+    place would count where it meets a large one.
     """
-    for test, limit in (('<', T_MIN + 1), ('>', T_MAX)):  # in this form NaN passes
-        t = builder.select(builder.fcmp_ordered(test, t, _const(limit)), _const(limit), t)
-    return _emit_exp2(builder, t, 1)
+    tiny = builder.fcmp_ordered('<', t, _const(T_MIN + 1))  # in this form NaN passes
+    t = builder.select(tiny, _const(T_MIN + 1), t)
+    t = builder.select(builder.fcmp_ordered('>', t, _const(T_MAX)), _const(T_MAX), t)
+    return builder.select(tiny, _const(0.0), _emit_exp2(builder, t, 1))
 
 
 def _emit_splat(builder, x):
@@ -225,6 +227,16 @@ half_exp2 = _unary(_emit_half_exp2)
 def fma(typingctx, x, y, z):
     """x y + z, in one instruction where the CPU has it."""
     return x(x, x, x), lambda context, builder, sig, args: _emit_fma(builder, *args)
+
+
+@intrinsic
+def zero_above(typingctx, x, y, limit):
+    """x where y is at most the limit or NaN, else 0."""
+
+    def emit(context, builder, sig, args):
+        return builder.select(builder.fcmp_ordered('>', args[1], args[2]), _const(0.0), args[0])
+
+    return x(x, x, x), emit
 
 
 @intrinsic
@@ -341,7 +353,7 @@ inline = njit(error_model='numpy', boundscheck=False, forceinline=True)
 
 @inline
 def exp2(x):
-    """2^x, from 2^-125 for all that is smaller up to inf."""
+    """2^x; 0 where it is below 2^-125, inf where it overflows."""
     v = half_exp2(x)
     return add(v, v)
 
@@ -373,12 +385,12 @@ def silu_slope(x):
 
 @inline
 def exp_neg(x):
-    """exp(-x) for x >= 0, of which no more than 87 counts; FMA puts the rounding of x log2(e) right."""
-    x = minimum(x, splat(87.0))
+    """exp(-x) for x >= 0, which is 0 beyond 87; FMA puts the rounding of x log2(e) right."""
+    beyond, x = x, minimum(x, splat(87.0))
     t = mul(x, splat(-LOG2E))
     e = exp2_tame(t)
     rest = fma(x, splat(-LOG2E_REST), fma(x, splat(-LOG2E_HIGH), neg(t)))
-    return fma(mul(rest, splat(LN2)), e, e)
+    return zero_above(fma(mul(rest, splat(LN2)), e, e), beyond, splat(87.0))
 
 
 @inline

@@ -4,6 +4,7 @@ from mmvim.compat.checkpoint_files import read_checkpoints_safely
 from mmvim.compat.lookup import keep_host_scope, register_packages
 from mmvim.compat.mmcv_finder import serve_missing_ops
 from mmvim.compat.mmcv_ops import MissingOpError
+from mmvim.compat.stored_configs import keep_stored_configs_from_running
 from mmvim.compat.versions import explain_transformers, require
 
 
@@ -22,11 +23,14 @@ def install() -> None:
       refused, with the remedy. safetensors are read too, `init_cfg` with a prefix keeps the metadata of weights, and a
       published classifier fits MMPretrain's names. Weights of models without a backbone of mmvim load as without it.
       Needless when mmengine reads with `weights_only=True` alone and keeps metadata.
+    - `keep_stored_configs_from_running`: `Config.fromstring`, which the hosts call for configs inside checkpoints only,
+      parses values and runs nothing; inferencers want a config beside the file. Needless when mmengine does both.
     """
     register_packages()
     keep_host_scope()
     serve_missing_ops()
     read_checkpoints_safely()
+    keep_stored_configs_from_running()
 
 
 prepare_hosts = install  # its former name

@@ -23,7 +23,7 @@ def read_checkpoints_safely() -> None:
 def _replace(host: ModuleType) -> None:
     # here and not above, so that `import mmvim` stays light: mmengine's runner has loaded by now all that these need
     from mmvim.weights.classifier import fit_to_classifier
-    from mmvim.weights.reading import SOURCE, facts_of_file, part_of, read_from_http, read_from_local
+    from mmvim.weights.reading import SOURCE, facts_of_file, part_of, read_from_http, read_from_local, read_object
 
     original = host.load_state_dict
 
@@ -64,5 +64,7 @@ def _replace(host: ModuleType) -> None:
         if getattr(module, '__dict__', {}).get('load_state_dict') is original:
             module.load_state_dict = load_state_dict
     host._load_checkpoint_with_prefix = load_checkpoint_with_prefix
+    # what the loaders of all other schemes call: s3://, pavi://, torchvision://, openmmlab://, mmcls://
+    host._safe_torch_load, host.load_from_http, host.load_from_local = read_object, read_from_http, read_from_local
     host.CheckpointLoader.register_scheme(prefixes='', loader=read_from_local, force=True)
     host.CheckpointLoader.register_scheme(prefixes=('http://', 'https://'), loader=read_from_http, force=True)

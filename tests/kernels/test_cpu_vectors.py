@@ -105,12 +105,12 @@ def finite(values):
 
 @np.errstate(over='ignore', under='ignore', invalid='ignore')
 def test_exp2(finite):
-    """2.5 ulp from -125 to 128, below 2^-125, from 128 on inf; the tame one 2.5 ulp over its whole domain."""
+    """2.5 ulp from -125 to 128, 0 below, from 128 on inf; the tame one 2.5 ulp over its whole domain."""
     t, found, _ = finite
     inside = (t >= -125) & (t < 128)
     exact = np.exp2(t[inside])
     worst('exp2', found['exp2'][inside], exact, ulp(exact), 2.5)
-    assert (found['exp2'][t < -125] == np.float32(2.0**-125)).all()
+    assert (found['exp2'][t < -125] == 0).all()
     assert (found['exp2'][t >= 128] == np.inf).all()
     exact = np.exp2(np.clip(t, -126, 126))
     worst('exp2_tame', found['exp2_tame'], exact, ulp(exact), 2.5)
@@ -118,19 +118,18 @@ def test_exp2(finite):
 
 @np.errstate(over='ignore', under='ignore', invalid='ignore')
 def test_exp_neg(finite):
-    """3 ulp up to 87, exp(-87) beyond; without FMA 1.2 |x| more, from the rounding of x log2(e)."""
+    """3 ulp up to 87, 0 beyond; without FMA 1.2 |x| more, from the rounding of x log2(e)."""
     x, found, fused = finite
-    x = np.clip(x, 0, 87)
-    exact = np.exp(-x)
-    worst('exp_neg', found['exp_neg'], exact, ulp(exact) * (1 if fused else 1 + 1.2 / 3 * x), 3)
+    x = np.maximum(x, 0)
+    exact = np.where(x > 87, 0, np.exp(-x))
+    worst('exp_neg', found['exp_neg'], exact, ulp(exact) * (1 if fused else 1 + 1.2 / 3 * np.minimum(x, 87)), 3)
 
 
 @np.errstate(over='ignore', under='ignore', invalid='ignore')
 def test_softplus(finite):
-    """4 ulp from -87 on, exp(-87) before, which is 1.4 times the smallest normal number; without FMA as exp_neg."""
+    """4 ulp from -87 on, 0 before, as exp(-87) is 1.4 times the smallest normal number; without FMA as exp_neg."""
     x, found, fused = finite
-    x = np.maximum(x, -87)
-    exact = np.logaddexp(0, x)
+    exact = np.where(x < -87, 0, np.logaddexp(0, x))
     worst('softplus', found['softplus'], exact, ulp(exact) * (1 if fused else 1 + 1.2 / 4 * np.clip(-x, 0, 87)), 4)
 
 
@@ -176,7 +175,7 @@ def test_special_values_are_pytorchs(values):
         np.testing.assert_array_equal(np.signbit(found[name][signed]), np.signbit(want[signed]), name)
     (slope,) = torch.autograd.grad(F.silu(t).sum(), t)
     np.testing.assert_array_equal(found['silu_slope'][np.isinf(x)], slope.numpy()[np.isinf(x)])
-    for value, want in ((np.inf, np.inf), (-np.inf, np.exp(np.float32(-87)))):
+    for value, want in ((np.inf, np.inf), (-np.inf, 0)):
         np.testing.assert_allclose(found['softplus'][x == value], want, rtol=1e-5)
-    for value, want in ((np.inf, np.inf), (-np.inf, 2.0**-125)):
+    for value, want in ((np.inf, np.inf), (-np.inf, 0)):
         assert (found['exp2'][x == value] == want).all()

@@ -175,3 +175,38 @@ def test_norm_of_rows_whose_squares_overflow(backend):
     x, weight = torch.full((2, D), 1e30), draw(D)
     out, stream = add_rms_norm(x, None, weight, backend=backend)
     assert torch.equal(out, F.rms_norm(x, (D,), weight)) and torch.equal(stream, x)
+
+
+@pytest.mark.parametrize('backend', BACKENDS)
+@pytest.mark.parametrize('constant', [False, True], ids=['per-token', 'constant'])
+@pytest.mark.parametrize('softplus', [False, True], ids=['plain', 'softplus'])
+def test_a_state_that_decays_to_nothing_is_gone_however_large_it_was(softplus, constant, backend):
+    """The smallest normal number in place of exp(-200) left 1e-4 of 1e34 in the state."""
+    shape = (D, N) if constant else (1, 5, N)
+    u, dt, A, b, c = draw(1, 5, D), draw(1, 5, D), -draw(D, N), draw(*shape), draw(*shape)
+    u[:, 1], u[:, 2], dt[:, 2] = 1e34, 0.0, 400.0
+    found = {}
+    for dtype, name in ((torch.float32, backend), (torch.float64, 'torch')):
+        inputs = [x.to(dtype) for x in (u, dt, A, b, c)]
+        found[dtype] = selective_scan(*inputs, dt_softplus=softplus, return_last_state=True, backend=name)
+    (y, state), (exact, last) = found[torch.float32], found[torch.float64]
+    torch.testing.assert_close(y[:, 2:].double(), exact[:, 2:], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(state.double(), last, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('backend', BACKENDS)
+def test_a_step_that_softplus_makes_zero_adds_nothing(backend):
+    """softplus(-1e4) is 0: 1e-38 in its place, times 1e30 twice, overflowed."""
+    one = torch.ones(1, 3, D)
+    big = torch.full((1, 3, N), 1e30)
+    y = selective_scan(1e30 * one, -1e4 * one, -torch.ones(D, N), big, big, dt_softplus=True, backend=backend)
+    assert (y == 0).all()
+
+
+@pytest.mark.parametrize('backend', BACKENDS)
+def test_the_gradient_before_the_first_step_may_overflow(backend):
+    """It meets the state of 0 there; infinity times 0 made the gradients of A and dt NaN."""
+    A, dt = torch.full((D, N), 80.0, requires_grad=True), torch.ones(1, 1, D, requires_grad=True)
+    y = selective_scan(torch.ones(1, 1, D), dt, A, torch.ones(1, 1, N), torch.full((1, 1, N), 1e6), backend=backend)
+    for grad in torch.autograd.grad(y.sum(), (A, dt)):
+        assert grad.isfinite().all()

@@ -348,8 +348,8 @@ def sweep_rows(rows, T, N, p_A, p_h0, s_h0, m, p_g, p_dA, p_hs, p_es, p_dB, p_dC
             hs -= VB
             store_half(dB, add(load_half(dB), fold(mul(v_g, load(row + B_DU)))))
             store(row + B_GB, fma(v_g, broadcast(p_b), load(row + B_GB)))
+            v_q = mul(mul(v_g, load(hs)), load(es))  # v_g times a growing decay may overflow before the state of 0
             v_g = mul(v_g, load(es))
-            v_q = mul(v_g, load(hs))
             v_dA = fma(v_q, load(row + B_DL), v_dA)
             store(row + B_QA, fma(v_q, v_A, load(row + B_QA)))
         store(p_g + VB * n, v_g)
@@ -398,8 +398,8 @@ def sweep_rows_any(
             v_dwb = fma(v_db, v_b, v_dwb)
             store_half(dB, add(load_half(dB), fold(mul(v_db, v_wb))))
             store(row + B_GB, fma(v_g, mul(v_b, v_wb), load(row + B_GB)))
+            v_q = mul(mul(v_g, load(hs)), load(es))  # v_g times a growing decay may overflow before the state of 0
             v_g = mul(v_g, load(es))
-            v_q = mul(v_g, load(hs))
             v_dA = fma(v_q, load(row + B_DL), v_dA)
             store(row + B_QA, fma(v_q, v_A, load(row + B_QA)))
         store(p_g + VB * n, v_g)
