@@ -1,6 +1,7 @@
 """Everything that mmvim changes in mmengine, mmcv and the hosts, put in place by `install`."""
 
 from mmvim.compat.checkpoint_files import read_checkpoints_safely
+from mmvim.compat.checkpoint_saving import save_checkpoints_safely
 from mmvim.compat.lookup import keep_host_scope, register_packages
 from mmvim.compat.mmcv_finder import serve_missing_ops
 from mmvim.compat.mmcv_ops import MissingOpError
@@ -22,11 +23,15 @@ def install() -> None:
       refused, with the remedy. safetensors are read too, `init_cfg` with a prefix keeps the metadata of weights, and a
       published classifier fits MMPretrain's names. Weights of models without a backbone of mmvim load as without it.
       Needless when mmengine reads with `weights_only=True` alone and keeps metadata.
+    - `save_checkpoints_safely`: a checkpoint and `last_checkpoint` are replaced as a whole, and the old checkpoint is
+      deleted after the new one is complete, so that a process killed at any moment leaves one to resume from. Needless
+      when mmengine's CheckpointHook and `save_checkpoint`, which write in place in 0.10.12, do the same.
     """
     register_packages()
     keep_host_scope()
     serve_missing_ops()
     read_checkpoints_safely()
+    save_checkpoints_safely()
 
 
 prepare_hosts = install  # its former name
