@@ -1,6 +1,7 @@
 """Everything that mmvim changes in mmengine, mmcv and the hosts, put in place by `install`."""
 
 from mmvim.compat.checkpoint_files import read_checkpoints_safely
+from mmvim.compat.checkpoint_saving import save_checkpoints_safely
 from mmvim.compat.lookup import keep_host_scope, register_packages
 from mmvim.compat.mmcv_finder import serve_missing_ops
 from mmvim.compat.mmcv_ops import MissingOpError
@@ -25,12 +26,16 @@ def install() -> None:
       Needless when mmengine reads with `weights_only=True` alone and keeps metadata.
     - `keep_stored_configs_from_running`: `Config.fromstring`, which the hosts call for configs inside checkpoints only,
       parses values and runs nothing; inferencers want a config beside the file. Needless when mmengine does both.
+    - `save_checkpoints_safely`: a checkpoint and `last_checkpoint` are replaced as a whole, and the old checkpoint is
+      deleted after the new one is complete, so that a process killed at any moment leaves one to resume from. Needless
+      when mmengine's CheckpointHook and `save_checkpoint`, which write in place in 0.10.12, do the same.
     """
     register_packages()
     keep_host_scope()
     serve_missing_ops()
     read_checkpoints_safely()
     keep_stored_configs_from_running()
+    save_checkpoints_safely()
 
 
 prepare_hosts = install  # its former name

@@ -22,7 +22,9 @@ class _Finder(MetaPathFinder):
 
         def exec_module(module: ModuleType) -> None:
             execute(module)
-            self.change(module)
+            for finder in reversed(sys.meta_path):  # Python asks one finder only; the oldest stands last
+                if isinstance(finder, _Finder) and finder.name == self.name:
+                    finder.change(module)
 
         spec.loader.exec_module = exec_module
         return spec

@@ -1,6 +1,7 @@
 """mmengine's Runner with checked input, for all three hosts and for machines without a GPU."""
 
 import copy
+from collections.abc import Callable
 
 import torch
 from mmengine.device import get_device
@@ -10,14 +11,17 @@ from mmengine.model import MMDistributedDataParallel, revert_sync_batchnorm
 from mmengine.runner import Runner as _Runner
 from torch import nn
 
+from mmvim.compat.types import kind_of
 from mmvim.config.completion import complete_config
 from mmvim.config.data import NUMPY_MESSAGE, check_data_root, dataset_of, explain_empty
 from mmvim.config.files import config_files, follow_validation
 from mmvim.config.unread import check_read, runner_keys
+from mmvim.engine.randomness import make_resumable
+from mmvim.engine.resuming import resume_run, settle
 from mmvim.errors import ConfigError, DataError
 from mmvim.registry import RUNNERS
 
-CHECKS = ('ClassCountHook', 'LabelMapHook', 'CheckpointFitHook')
+HOOKS = ('ClassCountHook', 'LabelMapHook', 'CheckpointFitHook', 'RandomStateHook', 'ResumeHook')
 
 
 @RUNNERS.register_module()
@@ -29,6 +33,7 @@ class Runner(_Runner):
     - fills in what follows from the data (:func:`mmvim.config.completion.complete_config`),
     - refuses a config file with a key that nothing reads (:mod:`mmvim.config.unread`),
     - refuses heads and label maps that do not fit the classes, and checkpoints that do not fit the model,
+    - resumes from the newest checkpoint of the work directory that can be read, as if it had not been interrupted,
     - trains in one or several processes on a CPU, with SyncBN turned into BatchNorm there,
     - logs the progress of a test at least ten times.
 
@@ -67,10 +72,10 @@ class Runner(_Runner):
         return MMDistributedDataParallel(module=revert_sync_batchnorm(model), **settings)
 
     def register_hooks(self, default_hooks: dict | None = None, custom_hooks: list | None = None) -> None:
-        """Register the config's hooks and the checks."""
+        """Register the config's hooks and those of every run."""
         super().register_hooks(default_hooks, custom_hooks)
-        for check in CHECKS:
-            self.register_hook(dict(type=f'mmvim.{check}'))
+        for name in HOOKS:
+            self.register_hook(dict(type=f'mmvim.{name}'))
 
     @staticmethod
     def build_dataloader(dataloader, *args, **kwargs):
@@ -89,6 +94,53 @@ class Runner(_Runner):
             if NUMPY_MESSAGE in str(error):
                 raise DataError(explain_empty(dataset)) from None
             raise
+
+    def build_train_loop(self, loop):
+        """Build the loop of a training, whose random numbers depend on the seed and the position in the run alone."""
+        if isinstance(loop, dict):
+            name = kind_of(loop) or ('EpochBasedTrainLoop' if loop.get('by_epoch') else '')
+            if name == 'EpochBasedTrainLoop':
+                loop = {**{k: v for k, v in loop.items() if k != 'by_epoch'}, 'type': 'mmvim.EpochBasedTrainLoop'}
+        loop = super().build_train_loop(loop)
+        make_resumable(loop, self.seed)
+        return loop
+
+    def train(self) -> nn.Module:
+        """Train; returns the model.
+
+        Raises:
+            CheckpointError: if it is to resume, and the checkpoint, or each of the work directory, is of no use.
+        """
+        seed = settle(self)
+        mine = self.seed - (self.rank if self._randomness_cfg.get('diff_rank_seed') else 0)
+        if seed is not None and self._randomness_cfg.get('seed') not in (None, seed):
+            self.logger.warning(f'--resume: the seed stays {seed}, as in the checkpoint; the config has {mine}')
+        self._randomness_cfg.update(seed=mine if seed is None else seed)
+        self.set_randomness(**self._randomness_cfg)  # what follows is the same in a resumed run
+        return super().train()
+
+    def resume(
+        self,
+        filename: str,
+        resume_optimizer: bool = True,
+        resume_param_scheduler: bool = True,
+        map_location: str | Callable = 'default',
+    ) -> None:
+        """Go on with the run that saved a checkpoint.
+
+        Raises:
+            CheckpointError: if the checkpoint lacks a part, or does not fit.
+            ConfigError: if a run of this config has ended before.
+        """
+        self._resume, self._load_from = True, filename
+        device = get_device() if map_location == 'default' else map_location
+        checkpoint = self.load_checkpoint(filename, map_location=device)
+        self.optim_wrapper = self.build_optim_wrapper(self.optim_wrapper)
+        if self.param_schedulers is not None:
+            self.param_schedulers = self.build_param_scheduler(self.param_schedulers)
+        resume_run(self, checkpoint, filename, resume_optimizer, resume_param_scheduler)
+        self._has_loaded = True
+        self.logger.info(f'resumed epoch: {self.epoch}, iter: {self.iter}')
 
     def test(self) -> dict:
         """Test; returns the metrics by name."""

@@ -39,8 +39,8 @@ def main(args: argparse.Namespace) -> None:
             )
         cfg.auto_scale_lr.enable = True
     if args.resume:
-        cfg.resume = True
-        cfg.load_from = None if args.resume == 'auto' else args.resume
+        cfg.resume = 'auto' if args.resume == 'auto' else True
+        cfg.load_from = cfg.get('load_from') if args.resume == 'auto' else args.resume
     elif not cfg.get('resume'):
         _protect(cfg.work_dir)
     RUNNERS.build(cfg).train()
