@@ -17,7 +17,7 @@ from mmvim.config.unread import check_read, runner_keys
 from mmvim.errors import ConfigError, DataError
 from mmvim.registry import RUNNERS
 
-CHECKS = ('ClassCountHook', 'LabelMapHook', 'CheckpointFitHook')
+CHECKS = ('ClassCountHook', 'LabelMapHook', 'CheckpointFitHook', 'FiniteHook', 'LoopHook', 'BatchNormHook')
 
 
 @RUNNERS.register_module()
@@ -69,7 +69,8 @@ class Runner(_Runner):
     def register_hooks(self, default_hooks: dict | None = None, custom_hooks: list | None = None) -> None:
         """Register the config's hooks and the checks."""
         super().register_hooks(default_hooks, custom_hooks)
-        for check in CHECKS:
+        there = {type(hook).__name__ for hook in self.hooks}  # set by the config
+        for check in (check for check in CHECKS if check not in there):
             self.register_hook(dict(type=f'mmvim.{check}'))
 
     @staticmethod
