@@ -7,15 +7,17 @@ every later process with an EOFError, and code with flipped bytes ends it with a
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+import pickle
+from collections.abc import Callable
 from typing import Any
 
-from numba.core import caching
+from numba.core.caching import IndexDataCacheFile
+from numba.core.ccallback import CFunc
+from numba.core.sigutils import normalize_signature
 
 
-class CheckedFiles(caching.IndexDataCacheFile):
-    """Compiled code under its digest. A damaged file counts as none, and compiling goes on if nothing can be written."""
+class CheckedFiles(IndexDataCacheFile):
+    """Compiled code behind its digest: a damaged file counts as none, and one that cannot be written is left out."""
 
     def save(self, key: object, data: object) -> None:
         """Save a compiled function, if there is room."""
@@ -40,15 +42,19 @@ class CheckedFiles(caching.IndexDataCacheFile):
             digest, content = file.read(32), file.read()
         if hashlib.sha256(content).digest() != digest:
             raise OSError(f'{name} is damaged')  # which Numba takes for a missing file
-        return caching.pickle.loads(content)
+        return pickle.loads(content)
 
 
-@contextmanager
-def checked_cache() -> Iterator[None]:
-    """Within it, functions that Numba compiles are cached in files of this kind."""
-    before = caching.IndexDataCacheFile
-    caching.IndexDataCacheFile = CheckedFiles
-    try:
-        yield
-    finally:
-        caching.IndexDataCacheFile = before
+def compile_cached(worker: Callable, signature: Any, **options: Any) -> Any:
+    """Numba's `cfunc(signature, cache=True, **options)(worker)` with files of this kind.
+
+    Raises:
+        RuntimeError: if Numba finds no folder that it may write to.
+    """
+    compiled: Any = CFunc(worker, normalize_signature(signature), locals={}, options=options)
+    compiled.enable_caching()
+    cache = compiled._cache
+    stamp = cache._impl.locator.get_source_stamp()
+    cache._cache_file = CheckedFiles(cache.cache_path, cache._impl.filename_base, stamp)
+    compiled.compile()
+    return compiled

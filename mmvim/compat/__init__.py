@@ -4,6 +4,7 @@ from mmvim.compat.checkpoint_files import read_checkpoints_safely
 from mmvim.compat.lookup import keep_host_scope, register_packages
 from mmvim.compat.mmcv_finder import serve_missing_ops
 from mmvim.compat.mmcv_ops import MissingOpError
+from mmvim.compat.output_names import keep_outputs_apart
 from mmvim.compat.versions import explain_transformers, require
 
 
@@ -22,11 +23,14 @@ def install() -> None:
       refused, with the remedy. safetensors are read too, `init_cfg` with a prefix keeps the metadata of weights, and a
       published classifier fits MMPretrain's names. Weights of models without a backbone of mmvim load as without it.
       Needless when mmengine reads with `weights_only=True` alone and keeps metadata.
+    - `keep_outputs_apart`: visualizers and inferencers name files after the image's name alone; two images of one name
+      in different folders get a file each. Needless when the hosts' names carry the image's folder.
     """
     register_packages()
     keep_host_scope()
     serve_missing_ops()
     read_checkpoints_safely()
+    keep_outputs_apart()
 
 
 prepare_hosts = install  # its former name

@@ -64,7 +64,9 @@ class FiniteHook(Hook):
         wrong = _not_finite(model.named_parameters())
         if wrong:
             source = f"checkpoint '{runner._load_from}'" if runner._load_from else 'its initialisation or init_cfg'
-            raise RunError(f'the model has weights that are not finite before training ({_some(wrong)}): check {source}')
+            raise RunError(
+                f'the model has weights that are not finite before training ({_some(wrong)}): check {source}'
+            )
 
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: object = None, outputs: dict | None = None
@@ -179,7 +181,11 @@ def image_names(batch: object) -> Iterator[str]:
 def _losses(outputs: object) -> list[tuple[str, float]]:
     """The losses that a training step logged."""
     logged = outputs.items() if isinstance(outputs, dict) else ()
-    return [(name, torch.as_tensor(value).detach().item()) for name, value in logged if 'loss' in name and not isinstance(value, str)]
+    return [
+        (name, torch.as_tensor(value).detach().item())
+        for name, value in logged
+        if 'loss' in name and not isinstance(value, str)
+    ]
 
 
 def _wrappers(runner: Runner) -> list[OptimWrapper]:

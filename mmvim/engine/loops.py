@@ -4,6 +4,7 @@ import random
 from collections.abc import Iterable
 from functools import partialmethod
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
@@ -69,14 +70,14 @@ def check_end(loader: DataLoader, key: str, what: str) -> None:
     while not _is_plain(sampler, FINITE) and getattr(sampler, 'sampler', None) is not None:
         sampler = sampler.sampler
     name = type(batches if _is_plain(sampler, FINITE) else sampler).__name__
-    loop = ", or train_cfg.type='IterBasedTrainLoop' with max_iters" if what == 'an epoch' else ''
+    other = ' and shuffle=False' if what != 'an epoch' else ", or train_cfg.type='IterBasedTrainLoop' with max_iters"
     raise ConfigError(
-        f'{key} draws from {name}, which has no end, so {what} would never end: set '
-        f"{key}.sampler=dict(type='DefaultSampler', shuffle={what == 'an epoch'}){loop}"
+        f"{key} draws from {name}, which has no end, so {what} would never end: set {key}.sampler.type='DefaultSampler'"
+        f'{other}'
     )
 
 
-def is_endless(batches: Iterable) -> bool:
+def is_endless(batches: Any) -> bool:
     """Whether a sampler, of indices or batches, goes on after what its length says, twice over.
 
     Those that are known to end are not asked. Global random states are as before.

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from tiny_training import CLIP, EPOCHS, ITERATIONS, Classifier, build, validation
 
 from mmvim.errors import ConfigError, RunError
-from tiny_training import CLIP, EPOCHS, ITERATIONS, Classifier, build, validation
 
 VALUE = dict(clip_grad=dict(type='value', clip_value=1.0))
 FLOAT16 = dict(type='mmvim.AmpOptimWrapper', dtype='float16', parts=('layers',))
@@ -86,7 +86,9 @@ def test_a_sound_run_ends_and_a_mask_may_be_infinite(tmp_path):
     assert (tmp_path / 'iter_4.pth').is_file()
 
 
-@pytest.mark.parametrize(('breaks', 'allowed', 'ends'), [('loss', None, True), ('loss', 0, False), ('always', 1, False)])
+@pytest.mark.parametrize(
+    ('breaks', 'allowed', 'ends'), [('loss', None, True), ('loss', 0, False), ('always', 1, False)]
+)
 def test_with_loss_scaling_so_many_in_a_row_are_allowed(tmp_path, breaks, allowed, ends):
     model = Classifier(breaks, at=2, layers=lambda: torch.nn.Linear(8, 8))
     hooks = [] if allowed is None else [dict(type='mmvim.FiniteHook', allowed=allowed)]

@@ -104,7 +104,10 @@ SCHEDULE = dict(type='LinearLR', start_factor=0.1)
 @pytest.mark.parametrize(
     ('settings', 'expected'),
     [
-        (dict(param_scheduler=dict(SCHEDULE, by_epoch=True)), r'^param_scheduler.0 \(LinearLR\) counts epochs.*by_epoch=F'),
+        (
+            dict(param_scheduler=dict(SCHEDULE, by_epoch=True)),
+            r'^param_scheduler.0 \(LinearLR\) counts epochs.*',
+        ),
         (
             dict(param_scheduler=[dict(SCHEDULE, by_epoch=False), dict(type='MultiStepLR', milestones=[3])]),
             r'^param_scheduler.1 \(MultiStepLR\) counts epochs',
@@ -130,11 +133,26 @@ def test_what_would_not_happen_is_refused(tmp_path, settings, expected):
 @pytest.mark.parametrize(
     ('settings', 'expected'),
     [
-        (dict(param_scheduler=dict(SCHEDULE, by_epoch=False, begin=4, end=9)), 'begins after 4 iterations, but the run ends aft'),
-        (dict(train_cfg=EPOCHS, param_scheduler=dict(SCHEDULE, begin=2, end=9)), 'begins after 2 epochs, but the run ends after'),
-        (dict(train_cfg=dict(ITERATIONS, val_begin=5), **validation()), 'train_cfg.val_begin=5, but the run ends after 4'),
-        (dict(train_cfg=dict(EPOCHS, val_begin=3), **validation()), 'train_cfg.val_begin=3, but the run ends after 2 epo'),
-        (dict(custom_hooks=[ProfilerHook(by_epoch=True, profile_times=1)], train_cfg=ITERATIONS), 'ProfilerHook counts epochs'),
+        (
+            dict(param_scheduler=dict(SCHEDULE, by_epoch=False, begin=4, end=9)),
+            'begins after 4 iterations, ',
+        ),
+        (
+            dict(train_cfg=EPOCHS, param_scheduler=dict(SCHEDULE, begin=2, end=9)),
+            'begins after 2 epochs',
+        ),
+        (
+            dict(train_cfg=dict(ITERATIONS, val_begin=5), **validation()),
+            'train_cfg.val_begin=5, but',
+        ),
+        (
+            dict(train_cfg=dict(EPOCHS, val_begin=3), **validation()),
+            'train_cfg.val_begin=3, but',
+        ),
+        (
+            dict(custom_hooks=[ProfilerHook(by_epoch=True, profile_times=1)], train_cfg=ITERATIONS),
+            'ProfilerHook counts epochs',
+        ),
     ],
 )
 def test_what_begins_too_late_is_warned_of(tmp_path, capfd, settings, expected):

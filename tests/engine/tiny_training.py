@@ -64,7 +64,7 @@ def loader(sampler='DefaultSampler', dataset=None, **settings):
     return dict(dataset=images() if dataset is None else dataset, **shuffle, **settings)
 
 
-def build(work_dir, model=None, train_cfg=ITERATIONS, wrapper=CLIP, checkpoint=(), sampler='DefaultSampler', **settings):
+def build(work_dir, model=None, train_cfg=ITERATIONS, wrapper=CLIP, checkpoint=(), sampler='DefaultSampler', **more):
     by_epoch = 'max_epochs' in train_cfg
     hook = {**dict(type='CheckpointHook', interval=1, by_epoch=by_epoch), **dict(checkpoint)}
     config = Config(
@@ -77,8 +77,8 @@ def build(work_dir, model=None, train_cfg=ITERATIONS, wrapper=CLIP, checkpoint=(
         )
     )
     torch.manual_seed(0)
-    settings.setdefault('train_dataloader', loader(sampler))
-    return Runner(model=model or Classifier(), cfg=config, **{**config, **settings})
+    more.setdefault('train_dataloader', loader(sampler))
+    return Runner(model=model or Classifier(), cfg=config, **{**config, **more})
 
 
 def validation(sampler='DefaultSampler', name='val'):
