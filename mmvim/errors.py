@@ -20,6 +20,10 @@ class CheckpointError(InputError):
     """A checkpoint that cannot be read or does not fit the model."""
 
 
+class RunError(InputError):
+    """A run that cannot go on, such as one whose loss is not a number."""
+
+
 def first_line(error: Exception) -> str:
     """First line of an error's text; of one without text, what Python shows of it."""
     return (str(error).strip().splitlines() or [repr(error)])[0]

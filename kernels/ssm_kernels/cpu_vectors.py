@@ -20,6 +20,8 @@ from numba.core.cgutils import get_or_insert_function
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic, models, register_model
 
+from .cpu_cache import compile_cached
+
 _FEATURES = cpu_target.target_context.codegen().magic_tuple()[2].split(',')  # of the CPU that Numba compiles for
 HALF = 16 if '+avx512f' in _FEATURES else 8 if '+avx' in _FEATURES else 4  # float32 lanes of its widest registers
 PERMUTE = {16: 'llvm.x86.avx512.permvar.sf.512', 8: 'llvm.x86.avx2.permps'}.get(HALF)  # table[index] in every lane
@@ -477,6 +479,6 @@ def compile_worker(make: Callable[[int], Callable], params: np.dtype, *modules: 
     signature = types.void(types.CPointer(from_dtype(params)))
     options = dict(error_model='numpy', boundscheck=False)
     try:
-        return cfunc(signature, cache=True, **options)(worker)
+        return compile_cached(worker, signature, **options)
     except (RuntimeError, OSError):  # Numba found no folder that it may write to
         return cfunc(signature, **options)(worker)

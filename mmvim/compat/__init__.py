@@ -6,6 +6,7 @@ from mmvim.compat.lookup import keep_host_scope, register_packages
 from mmvim.compat.mmcv_finder import serve_missing_ops
 from mmvim.compat.mmcv_ops import MissingOpError
 from mmvim.compat.stored_configs import keep_stored_configs_from_running
+from mmvim.compat.output_names import keep_outputs_apart
 from mmvim.compat.versions import explain_transformers, require
 
 
@@ -29,6 +30,8 @@ def install() -> None:
     - `save_checkpoints_safely`: a checkpoint and `last_checkpoint` are replaced as a whole, and the old checkpoint is
       deleted after the new one is complete, so that a process killed at any moment leaves one to resume from. Needless
       when mmengine's CheckpointHook and `save_checkpoint`, which write in place in 0.10.12, do the same.
+    - `keep_outputs_apart`: visualizers and inferencers name files after the image's name alone; two images of one name
+      in different folders get a file each. Needless when the hosts' names carry the image's folder.
     """
     register_packages()
     keep_host_scope()
@@ -36,6 +39,7 @@ def install() -> None:
     read_checkpoints_safely()
     keep_stored_configs_from_running()
     save_checkpoints_safely()
+    keep_outputs_apart()
 
 
 prepare_hosts = install  # its former name

@@ -21,7 +21,10 @@ from mmvim.engine.resuming import resume_run, settle
 from mmvim.errors import ConfigError, DataError
 from mmvim.registry import RUNNERS
 
-HOOKS = ('ClassCountHook', 'LabelMapHook', 'CheckpointFitHook', 'RandomStateHook', 'ResumeHook')
+HOOKS = (
+    'ClassCountHook', 'LabelMapHook', 'CheckpointFitHook', 'FiniteHook', 'LoopHook', 'BatchNormHook',
+    'RandomStateHook', 'ResumeHook',
+)  # fmt: skip
 
 
 @RUNNERS.register_module()
@@ -74,7 +77,8 @@ class Runner(_Runner):
     def register_hooks(self, default_hooks: dict | None = None, custom_hooks: list | None = None) -> None:
         """Register the config's hooks and those of every run."""
         super().register_hooks(default_hooks, custom_hooks)
-        for name in HOOKS:
+        there = {type(hook).__name__ for hook in self.hooks}  # set by the config
+        for name in (name for name in HOOKS if name not in there):
             self.register_hook(dict(type=f'mmvim.{name}'))
 
     @staticmethod

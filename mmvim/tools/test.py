@@ -2,12 +2,18 @@
 
 import argparse
 import os
+import sys
+from collections.abc import Callable, Sequence
 from copy import deepcopy
+from functools import partial
 
 from mmengine.config import Config, ConfigDict
+from mmengine.dist import get_world_size
+from mmengine.evaluator import BaseMetric
 from mmengine.registry import METRICS, RUNNERS
 from mmengine.runner import Runner
 
+from mmvim.compat.output_names import names_of
 from mmvim.compat.types import kind_of
 from mmvim.config.data import dataset_of
 from mmvim.errors import ConfigError
@@ -57,6 +63,11 @@ def main(args: argparse.Namespace) -> None:
     if args.tta:
         _use_tta(cfg, scope)
     runner = RUNNERS.build(cfg)
+    if (args.show or args.show_dir) and get_world_size() > 1:
+        raise ConfigError('--show-dir: only the first process would draw its images; run this test in one process')
+    keep_apart(runner)
+    for written in (args.out, args.show_dir and _picture_folder(args.show_dir, runner, scope)):
+        _warn_of_files(written)
     if args.out and scope != 'mmseg':
         kind = 'mmdet.DumpDetResults' if scope == 'mmdet' else 'mmengine.DumpResults'
         runner.test_evaluator.metrics.append(METRICS.build(dict(type=kind, out_file_path=args.out)))
@@ -65,6 +76,36 @@ def main(args: argparse.Namespace) -> None:
         print(f'predictions are in {args.out}')
     if args.show_dir:
         print(f'pictures are in {_picture_folder(args.show_dir, runner, scope)}')
+
+
+def keep_apart(runner: Runner) -> None:
+    """Give every image of the test its own picture and label map, whatever its folder and name."""
+    dataset = runner.test_dataloader.dataset
+    indices = range(len(dataset)) if hasattr(dataset, 'get_data_info') else ()
+    paths = [path for path in (dataset.get_data_info(index).get('img_path') for index in indices) if path]
+    names_of(runner.visualizer).announce(paths)
+    for metric in runner.test_evaluator.metrics:
+        if getattr(metric, 'output_dir', None):
+            names_of(metric).announce(paths, by_stem=True)
+            metric.process = partial(_process_apart, metric, metric.process)
+
+
+def _process_apart(metric: BaseMetric, process: Callable, batch: dict, samples: Sequence[dict]) -> None:
+    """Let a metric that writes a file for each image, which it names after the image, write one for each."""
+    renamed = []
+    for sample in samples:
+        stem = os.path.splitext(os.path.basename(sample['img_path']))[0]
+        name = names_of(metric).of(os.path.join(metric.output_dir, f'{stem}.png'), sample['img_path'])
+        renamed.append(dict(sample, img_path=os.path.basename(name)))
+    process(batch, renamed)
+
+
+def _warn_of_files(written: str | None) -> None:
+    """Say what happens to the files of an earlier run."""
+    if written and os.path.isfile(written):
+        print(f"'{written}' exists and will be replaced", file=sys.stderr)
+    elif written and os.path.isdir(written) and os.listdir(written):
+        print(f"folder '{written}' is not empty: files of the same name will be replaced, others stay", file=sys.stderr)
 
 
 def write_label_maps(cfg: Config, folder: str) -> None:
