@@ -1,6 +1,7 @@
 """Everything that mmvim changes in mmengine, mmcv and the hosts, put in place by `install`."""
 
 from mmvim.compat.checkpoint_files import read_checkpoints_safely
+from mmvim.compat.label_maps import read_label_maps_as_they_are
 from mmvim.compat.lookup import keep_host_scope, register_packages
 from mmvim.compat.mmcv_finder import serve_missing_ops
 from mmvim.compat.mmcv_ops import MissingOpError
@@ -22,11 +23,15 @@ def install() -> None:
       refused, with the remedy. safetensors are read too, `init_cfg` with a prefix keeps the metadata of weights, and a
       published classifier fits MMPretrain's names. Weights of models without a backbone of mmvim load as without it.
       Needless when mmengine reads with `weights_only=True` alone and keeps metadata.
+    - `read_label_maps_as_they_are`: MMSegmentation 1.4 casts label maps to one byte, so that 300 becomes 44 before
+      anyone can check it, and reads a file with channels as one without. Values up to 65,535 are kept, other files
+      refused by name. Needless when MMSegmentation's LoadAnnotations checks what it casts.
     """
     register_packages()
     keep_host_scope()
     serve_missing_ops()
     read_checkpoints_safely()
+    read_label_maps_as_they_are()
 
 
 prepare_hosts = install  # its former name

@@ -9,11 +9,13 @@ from mmengine.hooks import LoggerHook
 from mmengine.model import MMDistributedDataParallel, revert_sync_batchnorm
 from mmengine.runner import Runner as _Runner
 from torch import nn
+from torch.utils.data import DataLoader
 
 from mmvim.config.completion import complete_config
 from mmvim.config.data import NUMPY_MESSAGE, check_data_root, dataset_of, explain_empty
 from mmvim.config.files import config_files, follow_validation
 from mmvim.config.unread import check_read, runner_keys
+from mmvim.datasets.pipelines import name_samples
 from mmvim.errors import ConfigError, DataError
 from mmvim.registry import RUNNERS
 
@@ -81,10 +83,10 @@ class Runner(_Runner):
         """
         dataset = dataloader.get('dataset') if isinstance(dataloader, dict) else None
         if not isinstance(dataset, dict):  # built already
-            return _Runner.build_dataloader(dataloader, *args, **kwargs)
+            return _named(_Runner.build_dataloader(dataloader, *args, **kwargs))
         check_data_root(dataset_of(dataloader))
         try:
-            return _Runner.build_dataloader(dataloader, *args, **kwargs)
+            return _named(_Runner.build_dataloader(dataloader, *args, **kwargs))
         except ValueError as error:
             if NUMPY_MESSAGE in str(error):
                 raise DataError(explain_empty(dataset)) from None
@@ -102,3 +104,8 @@ class Runner(_Runner):
             if isinstance(hook, LoggerHook):
                 hook.interval = max(1, min(hook.interval, len(loop.dataloader) // 10))
         return loop
+
+
+def _named(loader: DataLoader) -> DataLoader:
+    name_samples(loader.dataset)
+    return loader
