@@ -1,25 +1,17 @@
 """Looking through the images and label maps of a segmentation data set before a run uses them."""
 
 import os
-import stat
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
-import mmcv
 import numpy as np
-from PIL import Image
 
 from mmvim.compat.label_maps import decode_label_map, relabel
+from mmvim.datasets.image_files import IMAGES, THREADS, Header, decode, problem, read_header
 from mmvim.datasets.pipelines import other_size, plain_datasets, resizes_to_one_size, same_aspect
 from mmvim.errors import DataError
 
-HEADER_SECONDS, VALUE_SECONDS = 60.0, 10.0  # at most, for each data loader
-THREADS = 8
-END_MARKS = {'JPEG': b'\xff\xd9', 'PNG': b'IEND\xaeB`\x82'}
-IMAGES = ('.jpg', '.jpeg', '.png', '.tif', '.tiff', '.bmp', '.webp')
-ORIENTATION = 0x0112  # EXIF
 TRANSPOSED = range(5, 9)  # orientations that swap width and height
 HOSTS = ('mmcv', 'mmseg', 'mmvim', 'mmengine')
 
@@ -53,15 +45,6 @@ class Values(NamedTuple):
     raw: np.ndarray
     labels: np.ndarray
     pixels: np.ndarray
-
-
-class Header(NamedTuple):
-    """Height and width of an image as stored, its EXIF orientation, mode and format."""
-
-    size: tuple[int, int]
-    orientation: int = 1
-    mode: str = ''
-    format: str = ''
 
 
 def steps_of(transforms: Iterable[Any]) -> Iterator[Any]:
@@ -119,40 +102,17 @@ def check_existence(pairs: Sequence[Pair], loader: str) -> None:
     for what in ('label_map', 'image'):
         paths = [getattr(pair, what) for pair in pairs]
         with ThreadPoolExecutor(THREADS) as pool:
-            problems = list(pool.map(_problem, paths))
-        bad = [(path, problem) for path, problem in zip(paths, problems, strict=True) if problem]
+            problems = list(pool.map(problem, paths))
+        bad = [(path, reason) for path, reason in zip(paths, problems, strict=True) if reason]
         if bad:
-            path, problem = bad[0]
+            path, reason = bad[0]
             name = what.replace('_', ' ')
             count = f'{len(bad)} of {len(paths)} {name}s of {loader} cannot be used, the first: ' if bad[1:] else ''
             remedy = (
                 f'add it, take its {"image" if what == "label_map" else "name"} out of the data set, or correct '
                 'data_root, the folders and the suffixes (img_suffix, seg_map_suffix)'
             )
-            raise DataError(f"{count}{name} '{path}' {problem}: {remedy}")
-
-
-def _problem(path: str) -> str | None:
-    try:
-        state = os.stat(path)
-    except FileNotFoundError:
-        return f'does not exist{_similar(path)}'
-    except OSError as error:
-        return f'cannot be opened ({error.strerror})'
-    if not stat.S_ISREG(state.st_mode):
-        return 'is a folder' if stat.S_ISDIR(state.st_mode) else 'is no regular file'
-    return None if state.st_size else 'is empty'
-
-
-def _similar(path: str) -> str:
-    folder, name = os.path.split(path)
-    if os.path.islink(path):
-        return f", as the link points to '{os.readlink(path)}'"
-    if not os.path.isdir(folder):
-        return f" (nor does its folder '{folder}')"
-    stem = os.path.splitext(name)[0].lower()
-    close = sorted(other for other in os.listdir(folder) if os.path.splitext(other)[0].lower() == stem)
-    return f" ('{close[0]}' does)" if close else ''
+            raise DataError(f"{count}{name} '{path}' {reason}: {remedy}")
 
 
 def check_folder(dataset: Any) -> str | None:
@@ -170,7 +130,7 @@ def check_folder(dataset: Any) -> str | None:
     names = _files(folder)
     for name in names:
         if name.endswith(suffix) and not os.path.isfile(os.path.join(folder, name)):
-            raise DataError(f"image '{os.path.join(folder, name)}' {_problem(os.path.join(folder, name))}: remove it")
+            raise DataError(f"image '{os.path.join(folder, name)}' {problem(os.path.join(folder, name))}: remove it")
     cased = [name for name in names if name.lower().endswith(suffix.lower()) and not name.endswith(suffix)]
     if cased:
         raise DataError(
@@ -182,10 +142,7 @@ def check_folder(dataset: Any) -> str | None:
 
 def _left_out(dataset: Any, folder: str, names: list[str]) -> str | None:
     suffix, label_suffix = dataset.img_suffix, dataset.seg_map_suffix
-    kinds = tuple(
-        kind for kind, name in Image.registered_extensions().items() if name in ('JPEG', 'PNG', 'TIFF', 'BMP')
-    )
-    other = [n for n in names if n.lower().endswith(kinds) and not n.endswith((suffix, label_suffix))]
+    other = [n for n in names if n.lower().endswith(IMAGES) and not n.endswith((suffix, label_suffix))]
     if other:
         return f"{len(other)} images of '{folder}' do not end in img_suffix={suffix!r} and are left out: '{other[0]}'"
     label_folder = dataset.data_prefix.get('seg_map_path')
@@ -209,14 +166,6 @@ def _files(folder: str) -> list[str]:
     )
 
 
-def in_time(work: Callable, items: Sequence, seconds: float) -> list:
-    """Results of a function in threads, in the order of items, without those not begun after so many seconds."""
-    end = time.monotonic() + seconds
-    with ThreadPoolExecutor(THREADS) as pool:
-        results = list(pool.map(lambda item: work(item) if time.monotonic() < end else None, items))
-    return [result for result in results if result is not None]
-
-
 def check_pair(pair: Pair) -> tuple[Header, Header]:
     """Refuse an image and label map that are unreadable, truncated, of different size, or of the wrong form.
 
@@ -238,59 +187,25 @@ def _oriented(pair: Pair) -> bool:
 
 
 def _image_header(pair: Pair) -> Header:
-    header = _header('image', pair.image)
+    header = read_header('image', pair.image)
     return header or Header(_decode(pair).shape[:2] if pair.decoder else (0, 0))
 
 
 def _label_header(pair: Pair) -> Header:
-    header = _header('label map', pair.label_map)
+    header = read_header('label map', pair.label_map)
     if header and (header.mode in ('1', 'L') or (header.mode == 'P' and pair.label_decoder == 'pillow')):
         return header
     return (header or Header((0, 0)))._replace(size=_labels(pair).shape)
 
 
-def _header(what: str, path: str) -> Header | None:
-    """Header of a file; None if PIL cannot read it.
-
-    Raises:
-        DataError: if the file ends early.
-    """
-    with open(path, 'rb') as file:
-        try:
-            image = Image.open(file)
-            # a PNG looks for EXIF behind all its pixels
-            orientation = image.getexif().get(ORIENTATION, 1) if 'exif' in image.info or image.format == 'TIFF' else 1
-        except Exception:
-            return None
-        header = Header(image.size[::-1], orientation, image.mode, image.format or '')
-        file.seek(max(0, os.fstat(file.fileno()).st_size - 64))
-        if not file.read().rstrip(b'\0\r\n ').endswith(END_MARKS.get(header.format, b'\0')):
-            try:
-                image.load()
-            except Exception as error:
-                raise _unreadable(what, path, error) from None
-    return header
-
-
 def _decode(pair: Pair) -> np.ndarray:
-    with open(pair.image, 'rb') as file:
-        data = file.read()
-    try:
-        image = mmcv.imfrombytes(data, flag=pair.decoder[0], backend=pair.decoder[1])
-    except Exception as error:
-        raise _unreadable('image', pair.image, error) from None
-    if image is None:
-        raise _unreadable('image', pair.image, 'not an image of a known format')
-    return image
+    assert pair.decoder is not None
+    return decode(pair.image, *pair.decoder)
 
 
 def _labels(pair: Pair) -> np.ndarray:
     with open(pair.label_map, 'rb') as file:
         return decode_label_map(file.read(), pair.label_map, pair.label_decoder)
-
-
-def _unreadable(what: str, path: str, error: object) -> DataError:
-    return DataError(f"{what} '{path}' cannot be read ({error}): replace the file")
 
 
 def values_of(pair: Pair) -> Values:

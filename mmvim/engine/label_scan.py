@@ -10,17 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmvim.datasets.image_files import Header, in_time
 from mmvim.datasets.segmentation import (
-    HEADER_SECONDS,
     TRANSPOSED,
-    VALUE_SECONDS,
-    Header,
     Pair,
     Values,
     check_existence,
     check_folder,
     check_pair,
-    in_time,
     label_map_datasets,
     labels_stay,
     pairs_of,
@@ -28,6 +25,7 @@ from mmvim.datasets.segmentation import (
 )
 from mmvim.errors import DataError
 
+HEADER_SECONDS, VALUE_SECONDS = 30.0, 10.0  # at most, for each data loader
 IN_ORDER = 1000  # more are taken in random order, as time may not suffice for all
 
 
