@@ -166,7 +166,7 @@ def _files(folder: str) -> list[str]:
     )
 
 
-def check_pair(pair: Pair) -> tuple[Header, Header]:
+def check_pair(pair: Pair) -> tuple[Pair, Header, Header]:
     """Refuse an image and label map that are unreadable, truncated, of different size, or of the wrong form.
 
     Raises:
@@ -179,7 +179,7 @@ def check_pair(pair: Pair) -> tuple[Header, Header]:
         size = _decode(pair).shape[:2]
     if pair.decoder and size != labels.size and not (pair.any_size and same_aspect(size, labels.size)):
         raise DataError(other_size(pair.image, size, pair.label_map, labels.size))
-    return image, labels
+    return pair, image, labels
 
 
 def _oriented(pair: Pair) -> bool:

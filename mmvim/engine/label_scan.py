@@ -102,7 +102,7 @@ def scan(dataset: Any, loader: str, accepted: Sequence[Legal], logger: logging.L
     if len(pairs) > IN_ORDER:
         pairs = [pairs[i] for i in np.random.default_rng(0).permutation(len(pairs))]
     headers = in_time(check_pair, pairs, HEADER_SECONDS)
-    _warn_of_forms(pairs, headers, loader, logger)
+    _warn_of_forms(headers, loader, logger)
     values = in_time(values_of, pairs, VALUE_SECONDS) if accepted and all(map(labels_stay, parts)) else []
     if values:
         _check_values(values, accepted)
@@ -113,11 +113,8 @@ def scan(dataset: Any, loader: str, accepted: Sequence[Legal], logger: logging.L
     )
 
 
-def _warn_of_forms(
-    pairs: Sequence[Pair], headers: Sequence[tuple[Header, Header]], loader: str, logger: logging.Logger
-) -> None:
-    # headers are those of the first pairs, but for some that began last
-    lossy = [pair.label_map for pair in pairs if pair.label_map.lower().endswith(('.jpg', '.jpeg'))]
+def _warn_of_forms(headers: Sequence[tuple[Pair, Header, Header]], loader: str, logger: logging.Logger) -> None:
+    lossy = [pair.label_map for pair, _, labels in headers if labels.format == 'JPEG']
     if lossy:
         logger.warning(
             f"{loader}: {len(lossy)} label maps are JPEG files, whose compression changes values ('{lossy[0]}'): save "
@@ -125,7 +122,7 @@ def _warn_of_forms(
         )
     turned = Counter(
         image.orientation
-        for image, labels in headers
+        for _, image, labels in headers
         if image.orientation in range(2, 9) and (image.orientation not in TRANSPOSED or len(set(labels.size)) == 1)
     )
     if turned:
