@@ -6,5 +6,5 @@ _base_ = [
     '../_base_/classification_runtime.py',
 ]
 
-model = dict(backbone=dict(img_size=None))  # image_size
+model = dict(backbone=dict(img_size=224))
 auto_scale_lr = dict(base_batch_size=32)

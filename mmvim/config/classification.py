@@ -70,9 +70,6 @@ def _fill_sizes(cfg: ConfigDict, datasets: list[dict]) -> set[str]:
         setting, value = sizes.get(kind_of(step), (None, None))
         if setting and step.get(setting) is None:
             step[setting] = value
-    backbone = cfg['model'].get('backbone') or {}
-    if 'img_size' in backbone and backbone['img_size'] is None:
-        backbone['img_size'] = size
     return {'image_size'}
 
 

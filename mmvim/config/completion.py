@@ -185,8 +185,12 @@ class _Completion:
 
     def fill_sizes(self) -> None:
         """Sizes of images and crops, pixels."""
-        if self.class_folders:
-            return  # complete_class_folders has done it
+        if self.class_folders:  # their pipelines are complete
+            if 'img_size' in (self.cfg['model'].get('backbone') or {}):
+                self._replace(
+                    self.cfg['model']['backbone'], 'img_size', 'image_size', lambda cfg: cfg.get('image_size')
+                )
+            return
         frame, crop = self._frame(self.cfg), self._crop(self.cfg)
         if frame is None:
             return
