@@ -38,6 +38,7 @@ HOST_PARTS = {
     'InstanceTTAModel': 'mmvim.models.test_time_augs',
     'CocoFolderDataset': 'mmvim.datasets.coco',
     'ShapesDataset': 'mmvim.datasets.coco',
+    'ClassFolderDataset': 'mmvim.datasets.classification',
     'ShapesSegDataset': 'mmvim.datasets.shapes_segmentation',
     'Resize': 'mmvim.datasets.detection_transforms',
     'CocoFolderMetric': 'mmvim.evaluation.coco_metric',

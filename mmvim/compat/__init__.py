@@ -2,6 +2,7 @@
 
 from mmvim.compat.checkpoint_files import read_checkpoints_safely
 from mmvim.compat.checkpoint_saving import save_checkpoints_safely
+from mmvim.compat.label_maps import read_label_maps_as_they_are
 from mmvim.compat.lookup import keep_host_scope, register_packages
 from mmvim.compat.mmcv_finder import serve_missing_ops
 from mmvim.compat.mmcv_ops import MissingOpError
@@ -32,6 +33,9 @@ def install() -> None:
       when mmengine's CheckpointHook and `save_checkpoint`, which write in place in 0.10.12, do the same.
     - `keep_outputs_apart`: visualizers and inferencers name files after the image's name alone; two images of one name
       in different folders get a file each. Needless when the hosts' names carry the image's folder.
+    - `read_label_maps_as_they_are`: MMSegmentation 1.4 casts label maps to one byte, so that 300 becomes 44 before
+      anyone can check it, and reads a file with channels as one without. Values up to 65,535 are kept, other files
+      refused by name. Needless when MMSegmentation's LoadAnnotations checks what it casts.
     """
     register_packages()
     keep_host_scope()
@@ -40,6 +44,7 @@ def install() -> None:
     keep_stored_configs_from_running()
     save_checkpoints_safely()
     keep_outputs_apart()
+    read_label_maps_as_they_are()
 
 
 prepare_hosts = install  # its former name

@@ -9,6 +9,7 @@ from mmengine.logging import print_log
 
 from mmvim.compat.types import kind_of
 from mmvim.config.class_counts import set_num_classes
+from mmvim.config.classification import check_classifier, complete_class_folders
 from mmvim.config.data import dataset_of
 from mmvim.config.files import config_files
 from mmvim.datasets.annotations import read_class_names
@@ -32,9 +33,10 @@ def complete_config(cfg: ConfigDict) -> set[str]:
     - ``train_ann``, ``val_ann``, ``test_ann``, ``train_img``, ``val_img`` and ``test_img`` go to
       :class:`mmvim.CocoFolderDataset` and to MMSegmentation's BaseSegDataset as annotation file or folder of label maps
       and as image folder; the test split is the validation split unless it is named. ``skip_bad_images`` goes to the
-      first, ``img_suffix``, ``seg_map_suffix`` and ``reduce_zero_label`` go to the second;
-    - ``classes``, or the names in the training annotations of a COCO folder, go to these data sets, and their number to
-      ``num_classes`` of every head;
+      first, ``img_suffix``, ``seg_map_suffix`` and ``reduce_zero_label`` go to the second.
+      :class:`mmvim.ClassFolderDataset` takes ``train_img``, ``val_img`` and ``skip_bad_images``;
+    - ``classes``, or the names in the training annotations of a COCO folder, or of the class folders, go to these data
+      sets, and their number to ``num_classes`` of every head, and of a classifier's preprocessor;
     - ``ignore_index`` goes to everything that reads label maps: data sets, random crops, padding, heads and metric;
     - ``image_size`` goes to the transforms that resize and crop, and to the backbone's positions; for label maps crops
       and positions are of ``crop_size`` if it is given;
@@ -59,6 +61,7 @@ def complete_config(cfg: ConfigDict) -> set[str]:
     completion.fill_ignore_index()
     completion.fill_sizes()
     completion.fill_max_iters()
+    check_classifier(cfg)
     return completion.used | {key for key in COMPLETED_KEYS if cfg.get(key) is None}
 
 
@@ -75,6 +78,7 @@ class _Completion:
         self.datasets = {split: dataset_of(loader) for split, loader in loaders.items() if loader}
         self.folders = self._of_kind('CocoFolderDataset')
         self.label_maps = self._of_kind('BaseSegDataset')
+        self.class_folders = self._of_kind('ClassFolderDataset')
 
     def _of_kind(self, kind: str) -> list[dict]:
         return [dataset for dataset in self.datasets.values() if kind_of(dataset) == kind]
@@ -125,6 +129,9 @@ class _Completion:
                 self._fill(dataset, 'ann_file', ann)
                 self._fill(dataset, 'data_prefix', img, dict(img=self.cfg.get(img)))
                 self._fill(dataset, 'skip_bad_images', 'skip_bad_images')
+            elif dataset in self.class_folders:
+                self._fill(dataset, 'data_prefix', img)
+                self._fill(dataset, 'skip_bad_images', 'skip_bad_images')
             elif dataset in self.label_maps:
                 prefix = ConfigDict(dataset.get('data_prefix') or {})
                 self._fill(prefix, 'img_path', img)
@@ -136,6 +143,8 @@ class _Completion:
 
     def fill_classes(self) -> None:
         """Names of the classes, and their number."""
+        if self.class_folders:
+            self.used |= complete_class_folders(self.cfg, self.class_folders)
         classes = self.cfg.get('classes') or ()
         classes = (classes,) if isinstance(classes, str) else tuple(classes)  # one alone, from the command line
         if self.folders:
@@ -179,6 +188,12 @@ class _Completion:
 
     def fill_sizes(self) -> None:
         """Sizes of images and crops, pixels."""
+        if self.class_folders:  # their pipelines are complete
+            if 'img_size' in (self.cfg['model'].get('backbone') or {}):
+                self._replace(
+                    self.cfg['model']['backbone'], 'img_size', 'image_size', lambda cfg: cfg.get('image_size')
+                )
+            return
         frame, crop = self._frame(self.cfg), self._crop(self.cfg)
         if frame is None:
             return

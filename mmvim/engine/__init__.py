@@ -3,7 +3,8 @@
 from mmvim.engine.amp import AmpOptimWrapper
 from mmvim.engine.batch_norm import BatchNormHook
 from mmvim.engine.finite import FiniteHook
-from mmvim.engine.hooks import CheckpointFitHook, ClassCountHook, LabelMapHook
+from mmvim.engine.hooks import CheckpointFitHook, ClassCountHook
+from mmvim.engine.label_maps import LabelMapHook
 from mmvim.engine.layer_decay import LayerDecayOptimWrapperConstructor
 from mmvim.engine.randomness import EpochBasedTrainLoop, RandomStateHook
 from mmvim.engine.resuming import ResumeHook

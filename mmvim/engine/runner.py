@@ -10,6 +10,7 @@ from mmengine.hooks import LoggerHook
 from mmengine.model import MMDistributedDataParallel, revert_sync_batchnorm
 from mmengine.runner import Runner as _Runner
 from torch import nn
+from torch.utils.data import DataLoader
 
 from mmvim.compat.types import kind_of
 from mmvim.config.completion import complete_config
@@ -18,6 +19,7 @@ from mmvim.config.files import config_files, follow_validation
 from mmvim.config.unread import check_read, runner_keys
 from mmvim.engine.randomness import make_resumable
 from mmvim.engine.resuming import resume_run, settle
+from mmvim.datasets.pipelines import name_samples
 from mmvim.errors import ConfigError, DataError
 from mmvim.registry import RUNNERS
 
@@ -90,10 +92,10 @@ class Runner(_Runner):
         """
         dataset = dataloader.get('dataset') if isinstance(dataloader, dict) else None
         if not isinstance(dataset, dict):  # built already
-            return _Runner.build_dataloader(dataloader, *args, **kwargs)
+            return _named(_Runner.build_dataloader(dataloader, *args, **kwargs))
         check_data_root(dataset_of(dataloader))
         try:
-            return _Runner.build_dataloader(dataloader, *args, **kwargs)
+            return _named(_Runner.build_dataloader(dataloader, *args, **kwargs))
         except ValueError as error:
             if NUMPY_MESSAGE in str(error):
                 raise DataError(explain_empty(dataset)) from None
@@ -158,3 +160,8 @@ class Runner(_Runner):
             if isinstance(hook, LoggerHook):
                 hook.interval = max(1, min(hook.interval, len(loop.dataloader) // 10))
         return loop
+
+
+def _named(loader: DataLoader) -> DataLoader:
+    name_samples(loader.dataset)
+    return loader

@@ -1,28 +1,43 @@
 """Errors that the input caused, in one line."""
 
 import difflib
+import re
 import traceback
 
 from mmengine.registry import root
 
 from mmvim.compat import explain_transformers
-from mmvim.errors import InputError
+from mmvim.errors import InputError, first_line
+
+WORKER = re.compile(r'Caught \w+ in .*\nOriginal Traceback')
+FRAME = re.compile(r'  File ".*", line \d+')
 
 
 def explain(error: Exception) -> str | None:
     """One line for an error that the user's input caused; None for all others, which keep their stack trace."""
     text = str(error)
+    in_worker = WORKER.match(text)
     if isinstance(error, InputError):
         # A data loader's worker puts the whole stack trace into the message.
-        return text.rstrip().rsplit(f'{type(error).__name__}: ', 1)[-1] if 'Traceback' in text else text
+        return text.rstrip().rsplit(f'{type(error).__name__}: ', 1)[-1] if in_worker else text
+    if in_worker and not _differs_in_size(text):
+        return (
+            f'loading data fails in a worker process ({_last_line(text)}): check the files and the pipeline; '
+            'train_dataloader.num_workers=0 (likewise val_dataloader, test_dataloader) and MMVIM_TRACEBACK=1 show where'
+        )
     if isinstance(error, FileExistsError | FileNotFoundError | PermissionError | IsADirectoryError):
         return f"{error.strerror}: '{error.filename}'; check the paths in the config" if error.filename else text
     if type(error).__name__ == 'OutOfMemoryError':
         return 'out of GPU memory: lower train_dataloader.batch_size, set model.backbone.with_cp=True, or use --amp'
-    if 'image size in a batch should be the same' in text or 'stack expects each tensor to be equal size' in text:
+    if _differs_in_size(text):
         return (
             'the images of a batch differ in size; MMSegmentation accepts that in training only, MMPretrain never: '
             'resize or crop them to one size in the pipeline, or set batch_size=1 in the data loader'
+        )
+    if 'DataLoader worker' in text and ('exited unexpectedly' in text or 'killed by signal' in text):
+        return (
+            f'{first_line(error).rstrip(".")}: memory, or shared memory (/dev/shm), may have run out; lower '
+            'num_workers and batch_size of the data loaders'
         )
     of_transformers = explain_transformers(error)
     if of_transformers:
@@ -38,6 +53,19 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, ValueError):
         return f'wrong value in the config: {text}'
     return None
+
+
+def _differs_in_size(text: str) -> bool:
+    return 'image size in a batch should be the same' in text or 'stack expects each tensor to be equal size' in text
+
+
+def _last_line(text: str) -> str:
+    """Type and message of the error at the end of a worker's stack trace, whose own lines are indented."""
+    lines = text.rstrip().splitlines()
+    last = max((i for i, line in enumerate(lines) if FRAME.match(line)), default=-1)
+    while last + 1 < len(lines) and lines[last + 1].startswith(' '):
+        last += 1
+    return ' '.join(' '.join(lines[last + 1 :]).split())[:300]
 
 
 def _close(name: str) -> str:

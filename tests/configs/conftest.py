@@ -10,6 +10,7 @@ import pytest
 from mmengine.registry import init_default_scope
 
 sys.path.insert(0, str(Path(__file__).parent))
+CLASSIFIERS = ('vim/vim-ti_folder.py', 'mambavision/mambavision-t_folder.py')
 
 
 @pytest.fixture(scope='session')
@@ -19,11 +20,15 @@ def read(load_config, tmp_path_factory):
     classes = '[{"id": 1, "name": "a"}, {"id": 2, "name": "b"}]'
     (folder / 'a.json').write_text(f'{{"images": [], "annotations": [], "categories": {classes}}}')
 
+    for name in 'ab':
+        (folder / 'train' / name).mkdir(parents=True)
+
     @functools.cache
     def read(name):
         keys = {}
         if 'folder' in name:
             own = dict(classes=['a', 'b', 'c']) if 'upernet' in name else dict(train_ann='a.json', val_ann='a.json')
+            own = dict() if name in CLASSIFIERS else own
             keys = dict(data_root=str(folder), **own)
         return load_config(name, **keys)
 

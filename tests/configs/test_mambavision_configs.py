@@ -30,7 +30,7 @@ def test_all_that_was_promised_is_there():
     promised.append('mambavision-l3_32xb128_in1k-256px.py')
     promised += [f'mask-rcnn_mambavision-{size}_fpn_amp-ms-crop-3x_coco.py' for size in 'ts']
     promised += ['mask-rcnn_mambavision-t_fpn_1x_coco.py', 'upernet_mambavision-l3_8xb2-160k_ade20k-640x640.py']
-    promised += ['mask-rcnn_mambavision-t_fpn_folder.py', 'upernet_mambavision-t_folder.py']
+    promised += ['mask-rcnn_mambavision-t_fpn_folder.py', 'upernet_mambavision-t_folder.py', 'mambavision-t_folder.py']
     promised += ['upernet_mambavision-t_camvid-240x180.py']
     assert set(promised) <= set(NAMES)
     assert len(NAMES) == len(promised) + len([name for name in NAMES if 'attention' in name or 'mixer' in name])

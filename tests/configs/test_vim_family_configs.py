@@ -23,7 +23,7 @@ def test_all_that_was_promised_is_there():
     promised += [f'{family}/{family}-{size}_8xb128_in1k.py' for family in ('vim', 'deit') for size in ('ti', 's', 'b')]
     promised += [f'vim/vim-{size}-stride8_8xb128-30e_in1k.py' for size in ('ti', 's', 'b')]
     promised += [f'{family}/upernet_{family}-ti_camvid-240x180.py' for family in ('vim', 'deit')]
-    promised += ['vim/cascade_mask_rcnn_vim_ti_folder.py', 'vim/upernet_vim-ti_folder.py']
+    promised += ['vim/cascade_mask_rcnn_vim_ti_folder.py', 'vim/upernet_vim-ti_folder.py', 'vim/vim-ti_folder.py']
     assert set(promised) <= set(NAMES)
 
 

@@ -3,10 +3,13 @@
 import json
 import re
 
+import cv2
 import pytest
 import torch
 from mmengine.dataset import default_collate
+from torch.utils.data import DataLoader
 
+from mmvim.errors import DataError
 from mmvim.tools import command_line, test, train
 from mmvim.tools.errors import explain
 
@@ -168,3 +171,40 @@ def test_a_bad_image_in_a_worker_process_gives_one_line(fails, coco_folder):
     options = folder_options(coco_folder, 'train_img=pictures', 'train_dataloader.num_workers=1')
     error = fails('train', FOLDER, *options)
     assert error.startswith("error: image '") and 'cannot be read' in error
+
+
+class Failing:
+    """A data set whose samples raise an error."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    'error',
+    [
+        FileNotFoundError(2, 'No such file or directory', 'a/b.png'),
+        PermissionError(13, 'Permission denied', 'b.png'),
+        OSError('image file is truncated (3 bytes b.png not processed)'),
+        ValueError('first\n  second b.png'),
+        KeyError('b.png'),
+        IndexError('b.png'),
+        TypeError('b.png'),
+        AssertionError('failed to load image: b.png'),
+        UnicodeDecodeError('utf-8', b'b.png', 0, 1, 'b.png'),
+        DataError("image 'b.png' is empty"),
+        cv2.error('OpenCV(4) b.png in\n function resize'),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_an_error_of_a_loaders_worker_is_one_line(error):
+    with pytest.raises(Exception) as raised:
+        next(iter(DataLoader(Failing(error), num_workers=1)))
+    line = explain(raised.value)
+    assert 'b.png' in line and '\n' not in line and 'Traceback' not in line and 'File "' not in line

@@ -1,0 +1,105 @@
+"""What can be told of an image file without decoding it."""
+
+import os
+import stat
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import mmcv
+import numpy as np
+from PIL import Image
+
+from mmvim.errors import DataError
+
+THREADS = 8
+END_MARKS = {'JPEG': b'\xff\xd9', 'PNG': b'IEND\xaeB`\x82'}
+IMAGES = ('.jpg', '.jpeg', '.png', '.tif', '.tiff', '.bmp', '.webp')
+ORIENTATION = 0x0112  # EXIF
+
+
+class Header(NamedTuple):
+    """Height and width of an image as stored, its EXIF orientation, mode and format."""
+
+    size: tuple[int, int]
+    orientation: int = 1
+    mode: str = ''
+    format: str = ''
+
+
+def problem(path: str) -> str | None:
+    """Why a file cannot be used, to follow its name; None if it is a file with something in it."""
+    try:
+        state = os.stat(path)
+    except FileNotFoundError:
+        return f'does not exist{_similar(path)}'
+    except OSError as error:
+        return f'cannot be opened ({error.strerror})'
+    if not stat.S_ISREG(state.st_mode):
+        return 'is a folder' if stat.S_ISDIR(state.st_mode) else 'is no regular file'
+    return None if state.st_size else 'is empty'
+
+
+def _similar(path: str) -> str:
+    folder, name = os.path.split(path)
+    if os.path.islink(path):
+        return f", as the link points to '{os.readlink(path)}'"
+    if not os.path.isdir(folder):
+        return f" (nor does its folder '{folder}')"
+    stem = os.path.splitext(name)[0].lower()
+    close = sorted(other for other in os.listdir(folder) if os.path.splitext(other)[0].lower() == stem)
+    return f" ('{close[0]}' does)" if close else ''
+
+
+def in_time(work: Callable, items: Sequence, seconds: float) -> list:
+    """Results of a function in threads, in the order of items, without those not begun after so many seconds."""
+    end = time.monotonic() + seconds
+    with ThreadPoolExecutor(THREADS) as pool:
+        results = list(pool.map(lambda item: work(item) if time.monotonic() < end else None, items))
+    return [result for result in results if result is not None]
+
+
+def read_header(what: str, path: str) -> Header | None:
+    """Header of a file; None if PIL cannot read it.
+
+    Raises:
+        DataError: if the file ends early.
+    """
+    with open(path, 'rb') as file:
+        try:
+            image = Image.open(file)
+            # a PNG looks for EXIF behind all its pixels
+            orientation = image.getexif().get(ORIENTATION, 1) if 'exif' in image.info or image.format == 'TIFF' else 1
+        except Exception:
+            return None
+        header = Header(image.size[::-1], orientation, image.mode, image.format or '')
+        file.seek(max(0, os.fstat(file.fileno()).st_size - 64))
+        if not file.read().rstrip(b'\0\r\n ').endswith(END_MARKS.get(header.format, b'\0')):
+            try:
+                image.load()
+            except Exception as error:
+                raise unreadable(what, path, error) from None
+    return header
+
+
+def decode(path: str, color_type: str = 'color', backend: str = 'cv2') -> np.ndarray:
+    """Decode an image file as ``mmcv.imfrombytes`` does.
+
+    Raises:
+        DataError: if that fails.
+    """
+    with open(path, 'rb') as file:
+        data = file.read()
+    try:
+        image = mmcv.imfrombytes(data, flag=color_type, backend=backend)
+    except Exception as error:
+        raise unreadable('image', path, error) from None
+    if image is None:
+        raise unreadable('image', path, 'not an image of a known format')
+    return image
+
+
+def unreadable(what: str, path: str, error: object) -> DataError:
+    """What to say of a file that cannot be decoded."""
+    return DataError(f"{what} '{path}' cannot be read ({error}): replace the file")
