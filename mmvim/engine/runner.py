@@ -11,7 +11,7 @@ from mmengine.runner import Runner as _Runner
 from torch import nn
 
 from mmvim.config.completion import complete_config
-from mmvim.config.data import NUMPY_MESSAGE, check_data_root, dataset_of, explain_empty
+from mmvim.config.data import NUMPY_MESSAGE, check_data_root, check_one_metainfo, explain_empty, parts
 from mmvim.config.files import config_files, follow_validation
 from mmvim.config.unread import check_read, runner_keys
 from mmvim.errors import ConfigError, DataError
@@ -77,18 +77,22 @@ class Runner(_Runner):
         """Build a data loader.
 
         Raises:
-            DataError: if the folder of its data set does not exist, or the data set is empty.
+            DataError: if the folder of its data set does not exist, the data set is empty, or joins sets whose classes
+                differ.
         """
         dataset = dataloader.get('dataset') if isinstance(dataloader, dict) else None
         if not isinstance(dataset, dict):  # built already
             return _Runner.build_dataloader(dataloader, *args, **kwargs)
-        check_data_root(dataset_of(dataloader))
+        for part in parts(dataset):
+            check_data_root(part)
         try:
-            return _Runner.build_dataloader(dataloader, *args, **kwargs)
+            loader = _Runner.build_dataloader(dataloader, *args, **kwargs)
         except ValueError as error:
             if NUMPY_MESSAGE in str(error):
                 raise DataError(explain_empty(dataset)) from None
             raise
+        check_one_metainfo(loader.dataset)
+        return loader
 
     def test(self) -> dict:
         """Test; returns the metrics by name."""
