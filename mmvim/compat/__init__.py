@@ -1,7 +1,9 @@
 """Everything that mmvim changes in mmengine, mmcv and the hosts, put in place by `install`."""
 
+from mmvim.compat.arrays import take_any_array
 from mmvim.compat.checkpoint_files import read_checkpoints_safely
 from mmvim.compat.lookup import keep_host_scope, register_packages
+from mmvim.compat.mixing import mix_any_images
 from mmvim.compat.mmcv_finder import serve_missing_ops
 from mmvim.compat.mmcv_ops import MissingOpError
 from mmvim.compat.versions import explain_transformers, require
@@ -22,11 +24,18 @@ def install() -> None:
       refused, with the remedy. safetensors are read too, `init_cfg` with a prefix keeps the metadata of weights, and a
       published classifier fits MMPretrain's names. Weights of models without a backbone of mmvim load as without it.
       Needless when mmengine reads with `weights_only=True` alone and keeps metadata.
+    - `take_any_array`: the inferencers take arrays of one and four channels and of 16 bits as they take files, and name
+      those that are no images. `value_range` of `mmvim.LoadImageFromFile`, whose type they replace, is kept. Needless
+      when the hosts check arrays.
+    - `mix_any_images`: Mosaic, MixUp and CopyPaste draw one image too many and fail on it; CopyPaste fails on images of
+      different size. Needless when MMDetection draws below the length and fits the source.
     """
     register_packages()
     keep_host_scope()
     serve_missing_ops()
     read_checkpoints_safely()
+    take_any_array()
+    mix_any_images()
 
 
 prepare_hosts = install  # its former name

@@ -126,8 +126,8 @@ def check_images(images: list, path: str | os.PathLike, repairs: Counter) -> lis
             )
     if len(known) < len(images):
         repairs['images listed twice, taken once'] += len(images) - len(known)
-    names = Counter(image['file_name'] for image in known.values())
-    twice = [name for name, count in names.items() if count > 1]
+    files = Counter(image['file_name'] for image in known.values())
+    twice = [name for name, count in files.items() if count > 1]
     if twice:
         print_log(
             f"annotation file '{path}': {len(twice)} file names belong to several image ids, the first is {twice[0]!r}:"

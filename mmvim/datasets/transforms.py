@@ -11,12 +11,12 @@ import numpy as np
 from mmcv.image.io import imread_flags
 from mmcv.transforms import LoadImageFromFile as _LoadImageFromFile
 from mmengine import fileio
-from mmengine.logging import print_log
 from PIL import Image
 
 from mmvim.arguments import check_choice, check_flags
 from mmvim.datasets.json_files import irregular
 from mmvim.errors import DataError
+from mmvim.pixels import Range, scale_values, warn_once
 from mmvim.registry import TRANSFORMS
 
 # A decoder returns a picture with a grey rest for a file that ends early; these end marks show it.
@@ -25,8 +25,6 @@ _ANIMATED = (b'GIF8', b'RIFF', b'II*\0', b'MM\0*')  # formats of which a file ma
 _DEEP_MODES = ('I;16', 'I;16B', 'I;16L', 'I;16N', 'I', 'F')  # of Pillow, which cuts them off at 255
 COLOR_TYPES = ('color', 'grayscale', 'unchanged', 'color_ignore_orientation', 'grayscale_ignore_orientation')
 DECODERS = ('cv2', 'turbojpeg', 'pillow', 'tifffile')
-Range = tuple[float, float]
-_warned: set[tuple[str, str]] = set()
 
 
 def decode_image(
@@ -80,7 +78,7 @@ def decode_image(
         ) from None
     _check_size(image.shape[:2], stated, path)
     if color_type != 'unchanged':
-        image = _scale(image, path, value_range, to_float32)
+        image = scale_values(image, path, value_range, to_float32)
     return image.astype(np.float32) if to_float32 else image
 
 
@@ -113,7 +111,7 @@ def _check_header(data: bytes, path: str, backend: str, stated: tuple[int, int] 
                 raise OSError("Pillow cuts off its values at 255; set imdecode_backend='cv2' and value_range")
             frames = getattr(header, 'n_frames', 1) if data.startswith(_ANIMATED) else 1
             if frames > 1:
-                _warn(path, f'holds {frames} pictures, of which the first is used')
+                warn_once(path, f'holds {frames} pictures, of which the first is used')
     except Image.DecompressionBombError:
         # as many pixels as this may be meant, if the annotations say so
         if not stated or stated[0] * stated[1] < Image.MAX_IMAGE_PIXELS:
@@ -138,38 +136,6 @@ def _decode_deep(data: bytes, flag: int) -> np.ndarray | None:
         if image is not None and image.ndim == 2 and flag & cv2.IMREAD_COLOR:
             image = np.repeat(image[..., None], 3, 2)
     return image
-
-
-def _scale(image: np.ndarray, path: str, value_range: Range | None, to_float32: bool) -> np.ndarray:
-    """Bring values to 0 to 255."""
-    if value_range is not None:
-        low, high = value_range
-        image = ((image.astype(np.float32) - low) * (255 / (high - low))).clip(0, 255)
-        if not np.isfinite(image).all():
-            raise DataError(f"image '{path}' has values that are not finite: replace the file")
-        return image if to_float32 else np.rint(image).astype(np.uint8)
-    if image.dtype == np.uint8:
-        return image
-    found = f'{image.min()} to {image.max()}'
-    if image.dtype != np.uint16:
-        raise DataError(
-            f"image '{path}' has values of type {image.dtype} ({found}): set value_range of mmvim.LoadImageFromFile "
-            'to those that mean black and white'
-        )
-    _warn(
-        path,
-        f'has 16 bits per value ({found}), of which the lower 8 are dropped: set value_range=[{image.min()},'
-        f'{image.max()}], or what means black and white in all images, to keep what they show',
-    )
-    return (image >> 8).astype(np.uint8)
-
-
-def _warn(path: str, text: str) -> None:
-    """Warn once for each folder and kind; a fault of one image is mostly that of all."""
-    key = (os.path.dirname(path), text.split()[0])
-    if key not in _warned:
-        _warned.add(key)
-        print_log(f"image '{path}' {text}; other images of this folder are not named", 'current', 30)
 
 
 def _check_value_range(value_range: object, color_type: str, backend: str) -> None:
