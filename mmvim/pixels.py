@@ -79,6 +79,8 @@ def image_of_array(array: np.ndarray, value_range: Range | None = None) -> np.nd
         DataError: if its shape or values are not those of an image.
     """
     array = three_channels(array)
+    if array.dtype.kind not in 'uif':
+        raise DataError(f'an array of type {array.dtype} is no image: pass numbers from 0 to 255')
     if value_range is None and array.dtype.kind in 'iu' and array.dtype != np.uint16:
         if array.min() < 0 or array.max() > 255:
             raise DataError(f'an array of type {array.dtype} has values {array.min()} to {array.max()}: pass 0 to 255')
