@@ -1,13 +1,15 @@
 """Everything that mmvim changes in mmengine, mmcv and the hosts, put in place by `install`."""
 
+from mmvim.compat.arrays import take_any_array
 from mmvim.compat.checkpoint_files import read_checkpoints_safely
 from mmvim.compat.checkpoint_saving import save_checkpoints_safely
 from mmvim.compat.label_maps import read_label_maps_as_they_are
 from mmvim.compat.lookup import keep_host_scope, register_packages
+from mmvim.compat.mixing import mix_any_images
 from mmvim.compat.mmcv_finder import serve_missing_ops
 from mmvim.compat.mmcv_ops import MissingOpError
-from mmvim.compat.stored_configs import keep_stored_configs_from_running
 from mmvim.compat.output_names import keep_outputs_apart
+from mmvim.compat.stored_configs import keep_stored_configs_from_running
 from mmvim.compat.versions import explain_transformers, require
 
 
@@ -36,6 +38,11 @@ def install() -> None:
     - `read_label_maps_as_they_are`: MMSegmentation 1.4 casts label maps to one byte, so that 300 becomes 44 before
       anyone can check it, and reads a file with channels as one without. Values up to 65,535 are kept, other files
       refused by name. Needless when MMSegmentation's LoadAnnotations checks what it casts.
+    - `take_any_array`: the inferencers take arrays of one and four channels and of 16 bits as they take files, and name
+      those that are no images. `value_range` of `mmvim.LoadImageFromFile`, whose type they replace, is kept. Needless
+      when the hosts check arrays.
+    - `mix_any_images`: Mosaic, MixUp and CopyPaste draw one image too many and fail on it; CopyPaste fails on images of
+      different size. Needless when MMDetection draws below the length and fits the source.
     """
     register_packages()
     keep_host_scope()
@@ -45,6 +52,8 @@ def install() -> None:
     save_checkpoints_safely()
     keep_outputs_apart()
     read_label_maps_as_they_are()
+    take_any_array()
+    mix_any_images()
 
 
 prepare_hosts = install  # its former name

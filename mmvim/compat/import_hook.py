@@ -35,9 +35,10 @@ def when_imported(name: str, change: Callable[[ModuleType], None]) -> None:
 
     Args:
         name: the module's full name.
-        change: the function; asking twice for the same one counts once.
+        change: the function; asking twice for the same one and module counts once.
     """
-    if any(isinstance(finder, _Finder) and finder.change is change for finder in sys.meta_path):
+    known = (finder for finder in sys.meta_path if isinstance(finder, _Finder))
+    if any((finder.name, finder.change) == (name, change) for finder in known):
         return
     sys.meta_path.insert(0, _Finder(name, change))
     if name in sys.modules:

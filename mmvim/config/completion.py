@@ -10,9 +10,10 @@ from mmengine.logging import print_log
 from mmvim.compat.types import kind_of
 from mmvim.config.class_counts import set_num_classes
 from mmvim.config.classification import check_classifier, complete_class_folders
-from mmvim.config.data import dataset_of
+from mmvim.config.data import layers, parts
 from mmvim.config.files import config_files
 from mmvim.datasets.annotations import read_class_names
+from mmvim.datasets.transforms import LoadImageFromFile
 from mmvim.errors import ConfigError
 
 SPLITS = ('train', 'val', 'test')
@@ -20,6 +21,7 @@ LONGEST = (1333, 800)  # longest and shortest side of MMDetection's usual frame
 LONGEST_SEG = (4, 1)  # of MMSegmentation's
 COMPLETED_KEYS = {
     'data_root', 'train_ann', 'val_ann', 'test_ann', 'train_img', 'val_img', 'test_img', 'skip_bad_images', 'classes',
+    'images_outside', 'value_range',
     'num_classes', 'image_size', 'max_iters', 'ignore_index', 'reduce_zero_label', 'img_suffix', 'seg_map_suffix',
     'crop_size',
 }  # fmt: skip
@@ -32,10 +34,11 @@ def complete_config(cfg: ConfigDict) -> set[str]:
     - ``data_root`` goes to the data sets;
     - ``train_ann``, ``val_ann``, ``test_ann``, ``train_img``, ``val_img`` and ``test_img`` go to
       :class:`mmvim.CocoFolderDataset` and to MMSegmentation's BaseSegDataset as annotation file or folder of label maps
-      and as image folder; the test split is the validation split unless it is named. ``skip_bad_images`` goes to the
-      first, ``img_suffix``, ``seg_map_suffix`` and ``reduce_zero_label`` go to the second.
+      and as image folder; the test split is the validation split unless it is named. ``skip_bad_images`` and
+      ``images_outside`` go to the first, ``img_suffix``, ``seg_map_suffix`` and ``reduce_zero_label`` to the second;
       :class:`mmvim.ClassFolderDataset` takes ``train_img``, ``val_img`` and ``skip_bad_images``;
-    - ``classes``, or the names in the training annotations of a COCO folder, or of the class folders, go to these data
+    - ``value_range`` goes to :class:`mmvim.LoadImageFromFile`;
+    - ``classes``, or the names in all training annotations of COCO folders, or of the class folders, go to these data
       sets, and their number to ``num_classes`` of every head, and of a classifier's preprocessor;
     - ``ignore_index`` goes to everything that reads label maps: data sets, random crops, padding, heads and metric;
     - ``image_size`` goes to the transforms that resize and crop, and to the backbone's positions; for label maps crops
@@ -43,7 +46,8 @@ def complete_config(cfg: ConfigDict) -> set[str]:
     - ``max_iters`` goes to the training loop, and is the end of the learning rate's schedule.
 
     A setting that has a value where it is used keeps it. Only the sizes and the padding value of the model change with
-    these keys, if they are what one of the config's files makes of its own.
+    these keys, if they are what one of the config's files makes of its own. Data sets that join, repeat or mix others
+    are searched for these parts.
 
     Args:
         cfg: the config, changed in place.
@@ -57,6 +61,7 @@ def complete_config(cfg: ConfigDict) -> set[str]:
     """
     completion = _Completion(cfg)
     completion.fill_paths()
+    completion.fill_value_range()
     completion.fill_classes()
     completion.fill_ignore_index()
     completion.fill_sizes()
@@ -75,18 +80,20 @@ class _Completion:
     def __init__(self, cfg: ConfigDict) -> None:
         self.cfg, self.used = cfg, set()
         loaders = {split: cfg.get(f'{split}_dataloader') for split in SPLITS}
-        self.datasets = {split: dataset_of(loader) for split, loader in loaders.items() if loader}
+        wholes = {split: loader.get('dataset') or ConfigDict() for split, loader in loaders.items() if loader}
+        self.wholes = {split: whole for split, whole in wholes.items() if isinstance(whole, dict)}  # none built already
+        self.datasets = {split: list(parts(whole)) for split, whole in self.wholes.items()}
         self.folders = self._of_kind('CocoFolderDataset')
         self.label_maps = self._of_kind('BaseSegDataset')
         self.class_folders = self._of_kind('ClassFolderDataset')
 
     def _of_kind(self, kind: str) -> list[dict]:
-        return [dataset for dataset in self.datasets.values() if kind_of(dataset) == kind]
+        return [dataset for datasets in self.datasets.values() for dataset in datasets if kind_of(dataset) == kind]
 
     @cached_property
     def _steps(self) -> list[dict]:
         """All transforms, also those of the top-level keys, which MMSegmentation's inference_model reads."""
-        pipelines = [dataset.get('pipeline') for dataset in self.datasets.values()]
+        pipelines = [layer.get('pipeline') for whole in self.wholes.values() for layer in layers(whole)]
         pipelines += [self.cfg.get(key) for key in ('train_pipeline', 'test_pipeline')]
         return [step for pipeline in pipelines for step in pipeline or []]
 
@@ -119,7 +126,7 @@ class _Completion:
 
     def fill_paths(self) -> None:
         """Folders and files of the data sets."""
-        for split, dataset in self.datasets.items():
+        for split, dataset in ((split, dataset) for split, datasets in self.datasets.items() for dataset in datasets):
             self._fill(dataset, 'data_root', 'data_root')
             img, ann = (
                 f'val_{kind}' if split == 'test' and self.cfg.get(f'test_{kind}') is None else f'{split}_{kind}'
@@ -128,7 +135,8 @@ class _Completion:
             if dataset in self.folders:
                 self._fill(dataset, 'ann_file', ann)
                 self._fill(dataset, 'data_prefix', img, dict(img=self.cfg.get(img)))
-                self._fill(dataset, 'skip_bad_images', 'skip_bad_images')
+                for key in ('skip_bad_images', 'images_outside'):
+                    self._fill(dataset, key, key)
             elif dataset in self.class_folders:
                 self._fill(dataset, 'data_prefix', img)
                 self._fill(dataset, 'skip_bad_images', 'skip_bad_images')
@@ -141,14 +149,19 @@ class _Completion:
                 for key in ('img_suffix', 'seg_map_suffix', 'reduce_zero_label'):
                     self._fill(dataset, key, key)
 
+    def fill_value_range(self) -> None:
+        """Values of black and white in the images."""
+        for step in self._steps:
+            if step.get('type') in ('mmvim.LoadImageFromFile', LoadImageFromFile):
+                self._fill(step, 'value_range', 'value_range')
+
     def fill_classes(self) -> None:
         """Names of the classes, and their number."""
         if self.class_folders:
             self.used |= complete_class_folders(self.cfg, self.class_folders)
-        classes = self.cfg.get('classes') or ()
-        classes = (classes,) if isinstance(classes, str) else tuple(classes)  # one alone, from the command line
+        classes = _names(self.cfg.get('classes'))
         if self.folders:
-            self._fill_classes(self.folders, classes or _classes_of(self.folders), 'the annotation file has')
+            self._fill_classes_of_folders(classes)
         if not all(_has_classes(dataset) for dataset in self.label_maps):
             if not classes:
                 raise ConfigError(
@@ -156,6 +169,27 @@ class _Completion:
                     'in the config or by --cfg-options classes="[road,sky]"'
                 )
             self._fill_classes(self.label_maps, classes, 'classes names')
+
+    def _fill_classes_of_folders(self, classes: tuple[str, ...]) -> None:
+        """Names and number of the classes of COCO folders, which are those of all files to train on if not given."""
+        stated = next((dataset['metainfo']['classes'] for dataset in self.folders if _has_classes(dataset)), None)
+        chosen, open_ones = classes or _names(stated), [one for one in self.folders if not _has_classes(one)]
+        found = _classes_of(self._folders_to_read(), needed=not chosen) if open_ones else ()
+        unknown = [name for name in chosen if found and name not in found]
+        if unknown:
+            raise ConfigError(
+                f'classes has {unknown}, which the annotation files to train on do not have, they have {list(found)}: '
+                'correct the names (case and blanks count)'
+            )
+        left_out = tuple(name for name in found if chosen and name not in chosen)
+        self._fill_classes(self.folders, chosen or found, 'classes names' if chosen else 'the annotation file has')
+        for dataset in open_ones if left_out else ():
+            dataset['metainfo']['left_out'] = left_out
+
+    def _folders_to_read(self) -> list[dict]:
+        """COCO folders of the first split, training before validation, with an annotation file that is there."""
+        splits = [[part for part in parts if part in self.folders] for parts in self.datasets.values()]
+        return next((split for split in splits if any(map(_is_there, split))), self.folders)
 
     def _fill_classes(self, datasets: list[dict], classes: tuple[str, ...], source: str) -> None:
         given = self.cfg.get('num_classes')
@@ -250,8 +284,20 @@ def _has_classes(dataset: dict) -> bool:
     return (dataset.get('metainfo') or {}).get('classes') is not None
 
 
-def _classes_of(datasets: list[dict]) -> tuple[str, ...]:
-    """Class names of the first split, training before validation, whose annotation file is there."""
-    paths = [os.path.join(dataset.get('data_root') or '', dataset.get('ann_file') or '') for dataset in datasets]
-    there = [path for path in paths if os.path.isfile(path)]
-    return read_class_names((there or paths)[0])
+def _names(classes: str | Iterable | None) -> tuple[str, ...]:
+    """Class names as texts; one alone, or a number, comes so from the command line."""
+    return tuple(map(str, (classes,) if isinstance(classes, str | int) else classes or ()))
+
+
+def _path_of(dataset: dict) -> str:
+    return os.path.join(dataset.get('data_root') or '', dataset.get('ann_file') or '')
+
+
+def _is_there(dataset: dict) -> bool:
+    return os.path.isfile(_path_of(dataset))
+
+
+def _classes_of(datasets: list[dict], needed: bool) -> tuple[str, ...]:
+    """Class names of the annotation files that are there; if none is and they are needed, the first one's error."""
+    there = [dataset for dataset in datasets if _is_there(dataset)] or datasets[:needed]
+    return tuple(dict.fromkeys(name for dataset in there for name in read_class_names(_path_of(dataset))))

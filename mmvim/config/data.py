@@ -19,6 +19,39 @@ def dataset_of(loader: dict | None) -> dict:
     return dataset
 
 
+def layers(dataset: dict) -> Iterator[dict]:
+    """Configs of a data set and of those in it; each may have a pipeline."""
+    yield dataset
+    for part in _inner(dataset):
+        yield from layers(part)
+
+
+def _inner(dataset: dict) -> list[dict]:
+    joined = dataset.get('datasets') or ([dataset['dataset']] if dataset.get('dataset') else [])
+    return [part for part in joined if isinstance(part, dict)]
+
+
+def check_one_metainfo(dataset: object) -> None:
+    """Refuse joined data sets whose labels mean different classes; MMDetection's ConcatDataset only lists them.
+
+    Raises:
+        DataError: naming the classes.
+    """
+    metainfo = getattr(dataset, 'metainfo', None)
+    inner = getattr(dataset, 'dataset', None)
+    if not isinstance(metainfo, list):
+        return check_one_metainfo(inner) if inner is not None else None
+    classes = [tuple(part.get('classes') or ()) for part in metainfo]
+    if len(set(classes)) > 1:
+        other = next(names for names in classes if names != classes[0])
+        raise DataError(
+            f'joined data sets have different classes, {list(classes[0])} and {list(other)}, so that a label has two '
+            'meanings: give all the same names in the same order as metainfo=dict(classes=...), or leave them out for '
+            'mmvim.CocoFolderDataset, which then has those of all files'
+        )
+    return None
+
+
 def check_data_root(dataset: dict) -> None:
     """Refuse a data set whose folder is missing, unless it makes or downloads it itself.
 
@@ -59,7 +92,7 @@ def explain_empty(dataset: dict) -> str:
 
 def parts(dataset: dict) -> Iterator[dict]:
     """Configs of the data sets without those that only join or repeat others."""
-    inner = dataset.get('datasets') or ([dataset['dataset']] if isinstance(dataset.get('dataset'), dict) else [])
+    inner = _inner(dataset)
     if not inner:
         yield dataset
     for part in inner:

@@ -1,19 +1,21 @@
 """Detection data sets: any COCO-format folder, and the generated shapes."""
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from functools import partial
 
 from mmdet.datasets import CocoDataset
 from mmdet.datasets.api_wrappers import COCO
 from mmengine.logging import print_log
 
 from mmvim.arguments import check_choice, check_flags
-from mmvim.compat.types import kind_of
 from mmvim.datasets.annotations import class_names, read_annotations
+from mmvim.datasets.image_paths import check_paths
 from mmvim.datasets.shapes import CLASSES, PALETTE, SPLITS, ensure_shapes
-from mmvim.datasets.transforms import decode_image
+from mmvim.datasets.transforms import read_image
+from mmvim.datasets.usable import report
 from mmvim.errors import DataError
 from mmvim.registry import DATASETS
 
@@ -23,12 +25,12 @@ class CheckedCOCO(COCO):
 
     Args:
         annotation_file: the file.
-        with_masks: refuse annotations without a mask.
+        settings: arguments of :func:`read_annotations`.
     """
 
-    def __init__(self, annotation_file: str, with_masks: bool = False) -> None:
+    def __init__(self, annotation_file: str, **settings) -> None:
         super().__init__()
-        self.dataset = read_annotations(annotation_file, with_masks=with_masks)
+        self.dataset = read_annotations(annotation_file, **settings)
         self.createIndex()
         self.img_ann_map, self.cat_img_map = self.imgToAnns, self.catToImgs
 
@@ -41,11 +43,11 @@ class CheckedCOCO(COCO):
         if not cat_names:
             return self.getCatIds(cat_names, sup_names, cat_ids)
         ids = {category['name']: category['id'] for category in self.cats.values()}
-        free = min(ids.values(), default=0) - 1
-        for name in cat_names:
-            if name not in ids:
-                self.cats[free] = dict(id=free, name=name)
-                ids[name], free = free, free - 1
+        texts = any(isinstance(number, str) for number in ids.values())
+        lowest = 0 if texts else int(min(ids.values(), default=0))
+        for count, name in enumerate((name for name in cat_names if name not in ids), 1):
+            free = f'no category {name}' if texts else lowest - count
+            self.cats[free], ids[name] = dict(id=free, name=name), free
         return [ids[name] for name in cat_names]
 
 
@@ -53,16 +55,19 @@ class CheckedCOCO(COCO):
 class CocoFolderDataset(CocoDataset):
     """A folder of images with a COCO-format annotation file, with any classes and category ids.
 
-    The class names are those of the file, or the given ones, so that a validation file may order them differently or
-    lack some. ``metainfo`` has them as ``classes`` and the path of the file as ``ann_file``.
+    The class names are those of the file, or the given ones. A file may order them differently, lack some, or have
+    others, whose annotations are left out and logged. ``metainfo`` has the names as ``classes``, and with ``test_mode``
+    the path of the file as ``ann_file``.
 
     Args:
-        ann_file: annotation file, absolute or relative to data_root.
+        ann_file: annotation file, absolute or relative to data_root; with ``test_mode`` it may have no annotations.
         data_root: folder of the data set.
         data_prefix: ``dict(img=...)``, the image folder, absolute or relative to data_root.
-        metainfo: may hold ``classes``, the class names in the order of the model's outputs.
+        metainfo: may hold ``classes``, the class names in the order of the model's outputs, and ``left_out``, those
+            known not to be among them.
         skip_bad_images: decode every image once at the start, leave out those that are missing, unreadable or
             truncated, and log their names; otherwise the first such image ends the run.
+        images_outside: follow file names and links that lead out of the image folder; otherwise they end the run.
         kwargs: arguments of MMDetection's CocoDataset.
 
     Raises:
@@ -78,6 +83,7 @@ class CocoFolderDataset(CocoDataset):
         data_prefix: dict | None = None,
         metainfo: dict | None = None,
         skip_bad_images: bool = False,
+        images_outside: bool = False,
         **kwargs,
     ) -> None:
         for key, value in dict(ann_file=ann_file, data_root=data_root).items():
@@ -86,7 +92,7 @@ class CocoFolderDataset(CocoDataset):
         for key, value in dict(data_prefix=data_prefix, metainfo=metainfo).items():
             if value is not None and not isinstance(value, dict):
                 raise DataError(f'{key} of {type(self).__name__} must be a dict, got {value!r}')
-        check_flags(skip_bad_images=skip_bad_images)
+        check_flags(skip_bad_images=skip_bad_images, images_outside=images_outside)
         if not ann_file:
             raise DataError(
                 'no annotation file: set train_ann and val_ann (and data_root, train_img, val_img) in the config or '
@@ -95,35 +101,29 @@ class CocoFolderDataset(CocoDataset):
         path = ann_file if os.path.isabs(ann_file) else os.path.join(data_root, ann_file)
         if data_root and not os.path.isdir(data_root):
             raise DataError(f"data folder '{data_root}' does not exist: set data_root to the folder of the data set")
-        self.with_masks = any(
-            kind_of(step) == 'LoadAnnotations' and step.get('with_mask')
-            for step in kwargs.get('pipeline', ())
-            if isinstance(step, dict)
-        )
-        self._index: CheckedCOCO | None = CheckedCOCO(path, self.with_masks)
-        found = class_names(self._index.dataset, path)
-        classes = tuple((metainfo or {}).get('classes', found))
-        unknown = [name for name in found if name not in classes]
-        if unknown:
-            raise DataError(
-                f"annotation file '{path}' has classes {unknown} that the model does not know; it knows "
-                f'{list(classes)}: rename them in the file, or train with a file that has them'
-            )
-        self.skip_bad_images = skip_bad_images
+        masks, training = _masks_of(kwargs.get('pipeline', ())), not kwargs.get('test_mode', False)
+        repairs: Counter = Counter()
+        self._read = partial(CheckedCOCO, path, with_masks=bool(masks), with_truth=training, repairs=repairs)
+        self._index: CheckedCOCO | None = self._read()
+        classes = _choose_classes(class_names(self._index.dataset, path), metainfo or {}, path)
+        report(self._index.dataset, path, classes, training, masks, repairs)
+        self.skip_bad_images, self.images_outside = skip_bad_images, images_outside
+        known = {key: value for key, value in (metainfo or {}).items() if key != 'left_out'}
         super().__init__(
             ann_file=ann_file,
             data_root=data_root,
             data_prefix=data_prefix or dict(img=''),
-            metainfo={**(metainfo or {}), 'classes': classes},
+            metainfo={**known, 'classes': classes},
             **kwargs,
         )
-        # Not through the argument: mmengine replaces a path in it by the lines of the file.
-        self._metainfo['ann_file'] = path
+        if not training:  # the metrics' file; files to train on can be joined only if their metainfo is the same
+            # Not through the argument: mmengine replaces a path in it by the lines of the file.
+            self._metainfo['ann_file'] = path
 
     def COCOAPI(self, path: str) -> CheckedCOCO:  # noqa: N802
         """Hand over the index of the annotation file, where CocoDataset has its class: the file is read once."""
         index, self._index = self._index, None
-        return index or CheckedCOCO(path, self.with_masks)
+        return index or self._read()
 
     def load_data_list(self) -> list[dict]:
         """Samples of all images that can be used."""
@@ -134,26 +134,28 @@ class CocoFolderDataset(CocoDataset):
                 f"image folder '{folder}' does not exist: set train_img or val_img to the folder below data_root "
                 'that the file names in the annotation file start from'
             )
+        paths = [sample['img_path'] for sample in samples]
+        missing = check_paths(paths, folder, self.ann_file, self.images_outside)
         if self.skip_bad_images:
-            return self._without_bad(samples)
-        missing = [sample['img_path'] for sample in samples if not os.path.exists(sample['img_path'])]
-        if missing:
+            samples = self._without_bad(samples)
+            if not self.test_mode and not any(not i['ignore_flag'] for s in samples for i in s['instances']):
+                raise DataError(f"the images of '{self.ann_file}' that can be read leave nothing to learn from")
+        elif missing:
+            hint = '; its \\ separates folders on Windows only, write /' if '\\' in missing[0] else ''
             raise DataError(
                 f"{len(missing)} of {len(samples)} images of '{self.ann_file}' do not exist, the first is "
-                f"'{missing[0]}': correct the image folder (train_img, val_img), or set skip_bad_images=True to leave "
-                'them out'
+                f"'{missing[0]}'{hint}: correct the image folder (train_img, val_img), or set skip_bad_images=True to "
+                'leave them out'
             )
         return samples
 
     def _without_bad(self, samples: list[dict]) -> list[dict]:
         def problem(sample: dict) -> str | None:
-            path = Path(sample['img_path'])
             try:
-                image = decode_image(path.read_bytes(), str(path))
-            except (OSError, DataError) as error:
+                read_image(sample['img_path'], stated=(sample['height'], sample['width']))
+            except DataError as error:
                 return str(error)
-            same = image.shape[:2] == (sample['height'], sample['width'])
-            return None if same else f'{image.shape[:2]} pixels instead of {(sample["height"], sample["width"])}'
+            return None
 
         with ThreadPoolExecutor(4) as pool:
             problems = list(pool.map(problem, samples))
@@ -163,6 +165,39 @@ class CocoFolderDataset(CocoDataset):
         if len(bad) == len(samples):
             raise DataError(f"none of the {len(bad)} images of '{self.ann_file}' can be read; the first: {problems[0]}")
         return [sample for sample, text in zip(samples, problems, strict=True) if not text]
+
+
+def _masks_of(pipeline: Sequence[dict]) -> str | None:
+    """Which masks a pipeline reads: None, 'any', or 'polygons' alone."""
+    for step in pipeline:
+        if isinstance(step, dict) and step.get('with_mask'):
+            return 'any' if step.get('poly2mask', True) else 'polygons'
+    return None
+
+
+def _choose_classes(found: tuple[str, ...], metainfo: dict, path: str) -> tuple[str, ...]:
+    """The classes of a data set, of which its file may have more or fewer.
+
+    Raises:
+        DataError: if names look misspelt: the file has unknown ones and lacks some of the model's.
+    """
+    given = metainfo.get('classes')
+    if given is None:
+        return found
+    classes = tuple(map(str, (given,) if isinstance(given, str) else given))
+    if not classes or len(set(classes)) < len(classes):
+        raise DataError(f'classes {list(classes)} of the data set must be names that differ: correct metainfo')
+    unknown = [name for name in found if name not in classes and name not in metainfo.get('left_out', ())]
+    missing = [name for name in classes if name not in found]
+    if (unknown and missing) or len(missing) == len(classes):
+        raise DataError(
+            f"annotation file '{path}' has classes {unknown or list(found)} that the model does not know; it knows "
+            f'{list(classes)}: rename them in the file, or train with a file that has them'
+        )
+    others = [name for name in found if name not in classes]
+    if others:
+        print_log(f"annotation file '{path}': the classes {others} are left out", 'current', 30 if unknown else 20)
+    return classes
 
 
 @DATASETS.register_module()

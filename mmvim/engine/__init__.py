@@ -6,9 +6,9 @@ from mmvim.engine.finite import FiniteHook
 from mmvim.engine.hooks import CheckpointFitHook, ClassCountHook
 from mmvim.engine.label_maps import LabelMapHook
 from mmvim.engine.layer_decay import LayerDecayOptimWrapperConstructor
+from mmvim.engine.loops import LoopHook
 from mmvim.engine.randomness import EpochBasedTrainLoop, RandomStateHook
 from mmvim.engine.resuming import ResumeHook
-from mmvim.engine.loops import LoopHook
 from mmvim.engine.runner import Runner
 from mmvim.engine.time_split import TimeSplitHook
 

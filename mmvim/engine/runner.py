@@ -14,12 +14,12 @@ from torch.utils.data import DataLoader
 
 from mmvim.compat.types import kind_of
 from mmvim.config.completion import complete_config
-from mmvim.config.data import NUMPY_MESSAGE, check_data_root, dataset_of, explain_empty
+from mmvim.config.data import NUMPY_MESSAGE, check_data_root, check_one_metainfo, explain_empty, parts
 from mmvim.config.files import config_files, follow_validation
 from mmvim.config.unread import check_read, runner_keys
+from mmvim.datasets.pipelines import name_samples
 from mmvim.engine.randomness import make_resumable
 from mmvim.engine.resuming import resume_run, settle
-from mmvim.datasets.pipelines import name_samples
 from mmvim.errors import ConfigError, DataError
 from mmvim.registry import RUNNERS
 
@@ -88,18 +88,22 @@ class Runner(_Runner):
         """Build a data loader.
 
         Raises:
-            DataError: if the folder of its data set does not exist, or the data set is empty.
+            DataError: if the folder of its data set does not exist, the data set is empty, or joins sets whose classes
+                differ.
         """
         dataset = dataloader.get('dataset') if isinstance(dataloader, dict) else None
         if not isinstance(dataset, dict):  # built already
             return _named(_Runner.build_dataloader(dataloader, *args, **kwargs))
-        check_data_root(dataset_of(dataloader))
+        for part in parts(dataset):
+            check_data_root(part)
         try:
-            return _named(_Runner.build_dataloader(dataloader, *args, **kwargs))
+            loader = _named(_Runner.build_dataloader(dataloader, *args, **kwargs))
         except ValueError as error:
             if NUMPY_MESSAGE in str(error):
                 raise DataError(explain_empty(dataset)) from None
             raise
+        check_one_metainfo(loader.dataset)
+        return loader
 
     def build_train_loop(self, loop):
         """Build the loop of a training, whose random numbers depend on the seed and the position in the run alone."""

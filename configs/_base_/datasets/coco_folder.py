@@ -7,8 +7,10 @@ train_ann = 'annotations/train.json'
 val_ann = 'annotations/val.json'
 train_img = 'train'
 val_img = 'val'
-classes = None  # names in the order of the model's outputs, None: those of train_ann
+classes = None  # names in the order of the model's outputs, all or some of train_ann's; None: all
 skip_bad_images = False  # leave unreadable images out instead of ending the run
+images_outside = False  # follow file names and links that lead out of the image folder
+value_range = None  # values of black and white in the images, such as (0, 4095); None: images of 8 bits
 image_size = 800  # shorter side, pixels; the longer one is at most 1333 / 800 of it
 
 train_pipeline = [
