@@ -17,7 +17,7 @@ from mmvim.config.unread import check_read, runner_keys
 from mmvim.errors import ConfigError, DataError
 from mmvim.registry import RUNNERS
 
-CHECKS = ('ClassCountHook', 'LabelMapHook', 'CheckpointFitHook')
+CHECKS = ('ClassCountHook', 'LabelMapHook', 'CheckpointFitHook', 'DigestHook')
 
 
 @RUNNERS.register_module()
@@ -28,6 +28,7 @@ class Runner(_Runner):
 
     - fills in what follows from the data (:func:`mmvim.config.completion.complete_config`),
     - refuses a config file with a key that nothing reads (:mod:`mmvim.config.unread`),
+    - notes a digest in every checkpoint,
     - refuses heads and label maps that do not fit the classes, and checkpoints that do not fit the model,
     - trains in one or several processes on a CPU, with SyncBN turned into BatchNorm there,
     - logs the progress of a test at least ten times.
