@@ -7,6 +7,7 @@ parsing alone does not make it safe to build from.
 
 import ast
 import math
+from collections.abc import Callable, Mapping
 from functools import wraps
 from types import ModuleType
 from typing import Any
@@ -23,7 +24,7 @@ NAMES = dict(inf=math.inf, nan=math.nan)
 
 def keep_stored_configs_from_running() -> None:
     """Put the functions below in place, whether mmengine's inferencers are imported already or only later."""
-    if not getattr(Config.fromstring, 'never_runs', False):
+    if not hasattr(Config.fromstring, '__wrapped__'):
         Config.fromstring = staticmethod(_from_string(Config.fromstring))
     when_imported(MODULE, _require_config)
 
@@ -46,8 +47,7 @@ def parse_config(text: str) -> dict[str, Any]:
         except (ValueError, TypeError, RecursionError, MemoryError):
             line = text.splitlines()[statement.lineno - 1].strip()[:60]
             raise ConfigError(
-                f'line {statement.lineno} of a config kept as text, {line!r}, is code and no plain value: it is not '
-                'run. If you trust it, write it into a file and read that with Config.fromfile'
+                f'line {statement.lineno} of a config kept as text, {line!r}, is code and no plain value: it is not run'
             ) from None
     return keys
 
@@ -62,8 +62,8 @@ def _assignment(statement: ast.stmt) -> tuple[str, ast.expr]:
 
 def _value(node: ast.expr) -> Any:
     """What `ast.literal_eval` gives, with `dict(...)`, inf and nan inside."""
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == 'dict' and not node.args:
-        result = {}
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == 'dict':
+        result = dict(*map(_value, node.args))
         for keyword in node.keywords:
             value = _value(keyword.value)
             result.update({keyword.arg: value} if keyword.arg else value)
@@ -80,7 +80,23 @@ def _value(node: ast.expr) -> Any:
     return ast.literal_eval(node)
 
 
-def _from_string(original):
+def check_stored_config(checkpoint: Mapping[str, Any], source: str) -> None:
+    """Refuse to resume from a checkpoint whose config, `meta['config']`, holds code.
+
+    Raises:
+        CheckpointError: with the line.
+    """
+    text = (checkpoint.get('meta') or {}).get('config')
+    try:
+        parse_config('' if text is None else text)
+    except ConfigError as error:
+        raise CheckpointError(
+            f"checkpoint '{source}' cannot be resumed, meta['config']: {error}. Start from its weights alone with "
+            'load_from, without --resume'
+        ) from None
+
+
+def _from_string(original: Callable) -> Callable:
     @wraps(original)
     def fromstring(cfg_str: str, file_format: str) -> Config:
         """mmengine's function for a Python config that holds values only; `custom_imports` in it are not imported.
@@ -90,12 +106,16 @@ def _from_string(original):
         """
         if file_format != '.py':
             raise ConfigError(
-                f'a config kept as text can only be Python, got {file_format!r}: write it into a file and read that '
-                'with Config.fromfile'
+                f'a config kept as text can only be Python, got {file_format!r}: write it into a file and read '
+                'Config.fromfile(file)'
             )
-        return Config(ConfigDict(parse_config(cfg_str)))
+        try:
+            return Config(ConfigDict(parse_config(cfg_str)))
+        except ConfigError as error:
+            raise ConfigError(
+                f'{error}. If you trust it, write it into a file and read Config.fromfile(file)'
+            ) from None
 
-    fromstring.never_runs = True
     return fromstring
 
 

@@ -4,6 +4,7 @@ from mmvim.engine.amp import AmpOptimWrapper
 from mmvim.engine.batch_norm import BatchNormHook
 from mmvim.engine.finite import FiniteHook
 from mmvim.engine.hooks import CheckpointFitHook, ClassCountHook
+from mmvim.engine.integrity import DigestHook
 from mmvim.engine.label_maps import LabelMapHook
 from mmvim.engine.layer_decay import LayerDecayOptimWrapperConstructor
 from mmvim.engine.loops import LoopHook
@@ -17,6 +18,7 @@ __all__ = [
     'BatchNormHook',
     'CheckpointFitHook',
     'ClassCountHook',
+    'DigestHook',
     'EpochBasedTrainLoop',
     'FiniteHook',
     'LabelMapHook',

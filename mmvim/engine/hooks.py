@@ -8,6 +8,7 @@ from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
+from mmvim.compat.stored_configs import check_stored_config
 from mmvim.config.class_counts import OTHER_HEADS, OTHER_PARTS, OTHER_TYPES
 from mmvim.errors import CheckpointError, ConfigError
 from mmvim.registry import HOOKS
@@ -81,6 +82,8 @@ class CheckpointFitHook(Hook):
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Compare names and shapes before anything is loaded."""
+        if runner._resume:
+            check_stored_config(checkpoint, runner._load_from or runner.work_dir)
         model, found = unwrapped(runner.model), find_state_dict(checkpoint, runner._load_from)
         renamed = fit_to_classifier(model, found)
         if renamed is not found:

@@ -25,7 +25,7 @@ from mmvim.registry import RUNNERS
 
 HOOKS = (
     'ClassCountHook', 'LabelMapHook', 'CheckpointFitHook', 'FiniteHook', 'LoopHook', 'BatchNormHook',
-    'RandomStateHook', 'ResumeHook',
+    'RandomStateHook', 'ResumeHook', 'DigestHook',
 )  # fmt: skip
 
 
@@ -37,6 +37,7 @@ class Runner(_Runner):
 
     - fills in what follows from the data (:func:`mmvim.config.completion.complete_config`),
     - refuses a config file with a key that nothing reads (:mod:`mmvim.config.unread`),
+    - notes a digest in every checkpoint,
     - refuses heads and label maps that do not fit the classes, and checkpoints that do not fit the model,
     - resumes from the newest checkpoint of the work directory that can be read, as if it had not been interrupted,
     - trains in one or several processes on a CPU, with SyncBN turned into BatchNorm there,

@@ -3,6 +3,7 @@
 import argparse
 import os
 import re
+import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ from mmvim.models.identify import LONG_SEQUENCE, Identity, identify
 from mmvim.tools.command_line import add_cfg_options, new_parser
 from mmvim.tools.weights import backbone_weights, image_size, model_of
 from mmvim.weights.fitting import Conversion, LoadReport, abridge, compare
+from mmvim.weights.integrity import damaged_entries
 from mmvim.weights.reading import WEIGHT_KEYS, find_state_dict, read_checkpoint
 
 SUFFIXES = ('.pth', '.pt', '.tar', '.safetensors')
@@ -90,6 +92,7 @@ def _verify_file(path: str | os.PathLike, args: argparse.Namespace) -> None:
     print(f'{path}')
     checkpoint = read_checkpoint(path)
     print(f'  {describe_entries(checkpoint)}')
+    print(f'  integrity: {describe_integrity(path, checkpoint)}')
     state_dict = find_state_dict(checkpoint, path)
     weights, others = backbone_weights(state_dict)
     identity = _identify(path, weights, args)
@@ -161,6 +164,22 @@ def describe_entries(checkpoint: object) -> str:
         ]
         words += f'; saved by mmengine ({", ".join(known)})' if known else ''
     return words
+
+
+def describe_integrity(path: str | os.PathLike, checkpoint: object) -> str:
+    """What was compared with what was noted when the file was saved, as text.
+
+    Raises:
+        CheckpointError: if an entry differs.
+    """
+    damaged = damaged_entries(checkpoint)
+    if damaged:
+        raise CheckpointError(
+            f"'{path}' is damaged: {', '.join(damaged)} differ from the digest that was saved with them; copy or "
+            'download it again, or use an earlier checkpoint'
+        )
+    words = 'checksums of the file are right' if zipfile.is_zipfile(path) else 'the file has no checksums'
+    return f'{words}, {"it has no digest" if damaged is None else "the digest of what it holds fits"}'
 
 
 def build_model(cfg: Config) -> nn.Module:
