@@ -90,6 +90,15 @@ def newest_checkpoint(
     )
 
 
+def check_weights(found: Found) -> None:
+    """Refuse a file that is none of a run, such as one that was published.
+
+    Raises:
+        CheckpointError: if it does not say when it was saved, or holds no weights.
+    """
+    check_resumable(found.path, {'optimizer': {}, **found.content}, with_schedulers=False)
+
+
 def _noted(folder: Path) -> Path | None:
     """The file that `last_checkpoint` names, if it names one."""
     try:

@@ -9,9 +9,9 @@ from types import ModuleType
 
 import torch
 from mmengine.config import Config, DictAction
-from mmengine.runner import find_latest_checkpoint
 
 from mmvim.config.reading import read_config
+from mmvim.engine.resume_choice import check_weights, newest_checkpoint
 from mmvim.errors import ConfigError
 from mmvim.tools.errors import explain
 
@@ -63,16 +63,19 @@ def load_config(args: argparse.Namespace) -> Config:
 
 
 def find_checkpoint(path: str) -> str:
-    """A checkpoint file as given, or the last one in a work directory.
+    """A checkpoint file as given, or the newest one in a work directory that can be read.
 
     Raises:
         ConfigError: if there is none.
+        CheckpointError: if there are, but none can be read.
     """
     if os.path.isdir(path):
-        last = find_latest_checkpoint(path)
+        last, skipped = newest_checkpoint([path], check_weights, path)
         if last is None:
             raise ConfigError(f"work directory '{path}' holds no checkpoint: train first, or give a .pth file")
-        return last
+        for line in skipped:
+            print(f'skipped {line}', file=sys.stderr)
+        return str(last.path)
     if '://' not in path and not os.path.isfile(path):
         raise ConfigError(f"checkpoint '{path}' does not exist: give the path of a .pth file or of a work directory")
     return path
