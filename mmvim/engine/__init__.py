@@ -1,6 +1,7 @@
 """Optimiser wrappers and constructors, the runner and its checks."""
 
 from mmvim.engine.amp import AmpOptimWrapper
+from mmvim.engine.class_labels import ClassLabelHook
 from mmvim.engine.hooks import CheckpointFitHook, ClassCountHook
 from mmvim.engine.label_maps import LabelMapHook
 from mmvim.engine.layer_decay import LayerDecayOptimWrapperConstructor
@@ -11,6 +12,7 @@ __all__ = [
     'AmpOptimWrapper',
     'CheckpointFitHook',
     'ClassCountHook',
+    'ClassLabelHook',
     'LabelMapHook',
     'LayerDecayOptimWrapperConstructor',
     'Runner',

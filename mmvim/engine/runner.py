@@ -19,7 +19,7 @@ from mmvim.datasets.pipelines import name_samples
 from mmvim.errors import ConfigError, DataError
 from mmvim.registry import RUNNERS
 
-CHECKS = ('ClassCountHook', 'LabelMapHook', 'CheckpointFitHook')
+CHECKS = ('ClassCountHook', 'ClassLabelHook', 'LabelMapHook', 'CheckpointFitHook')
 
 
 @RUNNERS.register_module()
