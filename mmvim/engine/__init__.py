@@ -2,6 +2,7 @@
 
 from mmvim.engine.amp import AmpOptimWrapper
 from mmvim.engine.batch_norm import BatchNormHook
+from mmvim.engine.class_labels import ClassLabelHook
 from mmvim.engine.finite import FiniteHook
 from mmvim.engine.hooks import CheckpointFitHook, ClassCountHook
 from mmvim.engine.integrity import DigestHook
@@ -18,6 +19,7 @@ __all__ = [
     'BatchNormHook',
     'CheckpointFitHook',
     'ClassCountHook',
+    'ClassLabelHook',
     'DigestHook',
     'EpochBasedTrainLoop',
     'FiniteHook',

@@ -24,7 +24,7 @@ from mmvim.errors import ConfigError, DataError
 from mmvim.registry import RUNNERS
 
 HOOKS = (
-    'ClassCountHook', 'LabelMapHook', 'CheckpointFitHook', 'FiniteHook', 'LoopHook', 'BatchNormHook',
+    'ClassCountHook', 'ClassLabelHook', 'LabelMapHook', 'CheckpointFitHook', 'FiniteHook', 'LoopHook', 'BatchNormHook',
     'RandomStateHook', 'ResumeHook', 'DigestHook',
 )  # fmt: skip
 

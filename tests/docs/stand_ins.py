@@ -30,7 +30,7 @@ TRAINED = {
             'model.auxiliary_head.channels': 16,
         },
     ),
-    'flowers/epoch_30.pth': ('vim/vim-ti_8xb128_in1k.py', {'model.head.in_channels': 16, 'model.head.num_classes': 2}),
+    'flowers/iter_3000.pth': ('vim/vim-ti_8xb128_in1k.py', {'model.head.in_channels': 16, 'model.head.num_classes': 2}),
 }
 
 

@@ -166,3 +166,39 @@ def test_predictions_need_a_metric_that_writes_them(tmp_path):
 def test_a_batch_of_two_sizes_is_padded_in_training_and_refused_in_validation(folder, error):
     line = error(train, 'val_dataloader.batch_size=2')
     assert 'batch_size=1' in line and list((folder / 'work').glob('*.pth'))
+
+
+def paint(folder, split, change):
+    """Change all label maps of a split."""
+    for path in (folder / 'data' / 'annotations' / split).iterdir():
+        cv2.imwrite(str(path), change(cv2.imread(str(path), cv2.IMREAD_UNCHANGED)))
+
+
+def test_a_class_without_a_pixel_is_named_before_training_and_beside_the_metrics(folder, capfd):
+    for split in ('train', 'val'):
+        paint(folder, split, lambda labels: np.where(labels == 2, 255, labels).astype(np.uint8))
+    train()
+    lines = capfd.readouterr().out.splitlines()
+    before, first, after = (
+        next(i for i, line in enumerate(lines) if text in line)
+        for text in (
+            'train_dataloader: 1 of 3 classes cannot be learnt',
+            'Iter(train) [1/1]',
+            'metrics are over 2 of 3',
+        )
+    )
+    assert before < first < after and 'no pixel of them: c; values in the files:' in lines[before]
+    assert any('val_dataloader: 1 of 3 classes will be missing from the metrics' in line for line in lines[:first])
+
+
+def test_validation_files_are_looked_through_before_training(folder, error):
+    (folder / 'data/annotations/val/1.png').unlink()
+    line = error(train, 'train_dataloader.num_workers=1')
+    assert "label map 'data/annotations/val/1.png' does not exist" in line
+    assert not list((folder / 'work').glob('*.pth'))
+
+
+def test_a_softmax_over_one_output_learns_nothing(folder, error):
+    one = ['model.decode_head.num_classes=2', 'model.decode_head.out_channels=1']
+    line = error(train, *one, "train_dataloader.dataset.metainfo.classes=['a','b']")
+    assert 'nothing can be learnt: model.decode_head has one output' in line or 'has 3 classes' in line
