@@ -115,6 +115,13 @@ def test_keys_reach_what_is_wrapped(load_config, folder, kind):
     assert found == set(range(len(classes)))
 
 
+@pytest.mark.parametrize('step', ['Mosaic', 'MixUp'])
+def test_masks_are_not_left_behind(load_config, folder, step):
+    cfg = complete(load_config, folder, mixed(source(), dict(type=step, img_scale=(64, 64))))
+    with pytest.raises(ConfigError, match=f'{step} of MMDetection moves boxes and not masks: set with_mask=False'):
+        Runner.build_dataloader(cfg.train_dataloader).dataset[0]
+
+
 @pytest.mark.parametrize('kind', ['ConcatDataset', 'mmengine.ConcatDataset'])
 def test_a_label_means_one_class_in_all_sources(load_config, folder, kind):
     joined = dict(type=kind, datasets=[source('one', PACK), source('two', PACK)])
