@@ -42,7 +42,8 @@ def install() -> None:
       those that are no images. `value_range` of `mmvim.LoadImageFromFile`, whose type they replace, is kept. Needless
       when the hosts check arrays.
     - `mix_any_images`: Mosaic, MixUp and CopyPaste draw one image too many and fail on it; CopyPaste fails on images of
-      different size. Needless when MMDetection draws below the length and fits the source.
+      different size, and the first two leave masks behind, which is refused. Needless when MMDetection draws below the
+      length, fits the source, and moves masks.
     """
     register_packages()
     keep_host_scope()

@@ -1,4 +1,4 @@
-"""MMDetection's transforms that mix images draw an image that is there, and paste into one of another size."""
+"""MMDetection's transforms that mix images draw one that is there, fit its size, and do not lose masks."""
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -7,6 +7,7 @@ from types import ModuleType
 import numpy as np
 
 from mmvim.compat.import_hook import when_imported
+from mmvim.errors import ConfigError
 
 
 def mix_any_images() -> None:
@@ -35,6 +36,9 @@ def _change(host: ModuleType) -> None:
         draw = vars(transform)['get_indexes']  # mmcv's cache_randomness around a function
         if 'randint(0, len(dataset))' in inspect.getsource(draw.func):
             draw.func = _in_range(draw.func)
+    for transform in (host.Mosaic, host.MixUp):
+        if 'gt_masks' not in inspect.getsource(transform):
+            transform.transform = _without_masks(transform.transform)
     paste, bitmaps = host.CopyPaste._copy_paste, host.BitmapMasks
 
     def copy_paste(self, dst_results: dict, src_results: dict) -> dict:
@@ -57,6 +61,23 @@ def _in_range(get_indexes: Callable) -> Callable:
         return get_indexes(self, _OneFewer(dataset))
 
     return new_get_indexes
+
+
+def _without_masks(transform: Callable) -> Callable:
+    def new_transform(self, results: dict) -> dict:
+        """The host's, which would leave the masks of one image with the boxes of several.
+
+        Raises:
+            ConfigError: if there are masks.
+        """
+        if results.get('gt_masks') is not None:
+            raise ConfigError(
+                f'{type(self).__name__} of MMDetection moves boxes and not masks: set with_mask=False in '
+                'LoadAnnotations, or use CopyPaste or CachedMosaic'
+            )
+        return transform(self, results)
+
+    return new_transform
 
 
 def _fit(array: np.ndarray, axis: int, size: tuple[int, int]) -> np.ndarray:

@@ -135,7 +135,7 @@ class CocoFolderDataset(CocoDataset):
                 'that the file names in the annotation file start from'
             )
         paths = [sample['img_path'] for sample in samples]
-        missing = check_paths(paths, folder, self.ann_file, self.images_outside)
+        missing = check_paths(paths, folder, self.ann_file, self.images_outside, self.skip_bad_images)
         if self.skip_bad_images:
             samples = self._without_bad(samples)
             if not self.test_mode and not any(not i['ignore_flag'] for s in samples for i in s['instances']):

@@ -9,7 +9,7 @@ from mmvim.datasets.json_files import irregular
 from mmvim.errors import DataError
 
 
-def check_paths(paths: Sequence[str], folder: str, ann_file: str, outside: bool) -> list[str]:
+def check_paths(paths: Sequence[str], folder: str, ann_file: str, outside: bool, skip: bool) -> list[str]:
     """Check where images are, and that reading them will end.
 
     Args:
@@ -17,6 +17,7 @@ def check_paths(paths: Sequence[str], folder: str, ann_file: str, outside: bool)
         folder: the image folder.
         ann_file: the annotation file, for messages.
         outside: whether they may be outside the folder.
+        skip: whether those that are no regular files are left to the reader, which refuses them one by one.
 
     Returns:
         Those that do not exist.
@@ -40,7 +41,7 @@ def check_paths(paths: Sequence[str], folder: str, ann_file: str, outside: bool)
                 f"annotation file '{ann_file}' names the image '{path}', which is '{real}', outside the image folder "
                 f"'{folder}': correct file_name, or set images_outside=True if you trust the file"
             )
-        if kind := irregular(mode):
+        if not skip and (kind := irregular(mode)):
             raise DataError(f"image '{path}' of '{ann_file}' is {kind}: correct its file_name, or remove it")
     return missing
 

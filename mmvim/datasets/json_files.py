@@ -1,5 +1,6 @@
 """Reading JSON from anywhere: regular files only, and one line for whatever is wrong with one."""
 
+import gc
 import json
 import os
 import reprlib
@@ -63,7 +64,8 @@ def _parse(data: bytes, path: str | os.PathLike) -> object:
     if packed or not data.strip():
         state = f'is packed by {packed}: unpack it' if packed else 'is empty: export it again, in COCO format'
         raise DataError(f"annotation file '{path}' {state}")
-    encoding = json.detect_encoding(data)
+    encoding, collects = json.detect_encoding(data), gc.isenabled()
+    gc.disable()  # JSON has no cycles, and searching the growing content for them takes as long as reading it
     try:
         text = data.decode(encoding)
         del data  # a large file is in memory twice otherwise
@@ -79,6 +81,9 @@ def _parse(data: bytes, path: str | os.PathLike) -> object:
         raise DataError(
             f"annotation file '{path}' is not JSON{several} ({error}): export it in COCO format, as one JSON object"
         ) from None
+    finally:
+        if collects:
+            gc.enable()
 
 
 def _without_duplicates(pairs: list[tuple[str, object]]) -> dict:

@@ -36,7 +36,7 @@ def report(
     Raises:
         DataError: if nothing is left to learn from, or annotations lack masks.
     """
-    if repairs:
+    if any(repairs.values()):
         _log(f"annotation file '{path}': {_listed(repairs)}", 20)
     annotations = content['annotations']
     if not annotations:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from mmdet.evaluation import CocoMetric
+from mmengine.logging import print_log
 
 from mmvim.datasets.coco import CheckedCOCO
 from mmvim.errors import ConfigError, DataError
@@ -52,6 +53,8 @@ class CocoFolderMetric(CocoMetric):
         with_masks = 'segm' in self.metrics and not self.format_only
         self._coco_api = CheckedCOCO(path, with_masks=with_masks, with_truth=not self.format_only)
         content = self._coco_api.dataset
+        if not (content['annotations'] or self.format_only):
+            print_log(f"annotation file '{path}' has no annotations to compare with: metrics will be -1", 'current', 30)
         compared = {entry['id'] for entry in content['categories'] if entry['name'] in metainfo['classes']}
         entries = [entry for entry in content['annotations'] if entry['category_id'] in compared]
         bare = [entry['id'] for entry in entries if not entry.get('segmentation')]

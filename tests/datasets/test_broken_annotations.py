@@ -378,6 +378,9 @@ def test_nothing_waits_for_a_file_that_is_none(home, tmp_path, kind):
     irregular_file(home / 'images' / f'{kind}.jpg', kind)
     with pytest.raises(DataError, match=rf"{kind}\.jpg' of .* is a {kind}: correct its file_name"):
         build(home, spoilt('images', 'file_name', f'{kind}.jpg'), images_outside=True)
+    assert (
+        len(build(home, spoilt('images', 'file_name', f'{kind}.jpg'), images_outside=True, skip_bad_images=True)) == 1
+    )
 
 
 @pytest.mark.parametrize(
