@@ -293,12 +293,11 @@ TOOLS = {
     'test FOLDER': (test, 'work_dirs/tiny/iter_1.pth', ['tiny.py', 'work_dirs/tiny']),
     'visualize': (visualize, '{file}', ['photo.png', 'tiny.py', '{file}']),
 }
-AT_TOOLS = ('in the weights', 'config: import', 'config: custom_imports', 'config: type')
+AT_TOOLS = ('config: import', 'in the weights', 'config: custom_imports', 'config: type')
+FAST = 'train --resume FILE'
 
 
-@pytest.mark.parametrize(
-    'name', [pytest.param(n, marks=[pytest.mark.slow] * (n != 'train --resume FILE')) for n in TOOLS]
-)
+@pytest.mark.parametrize('name', [pytest.param(n, marks=[pytest.mark.slow] * (n != FAST)) for n in TOOLS])
 def test_nothing_runs_in_tools(name, tmp_path, monkeypatch, capsys):
     """With weights that fit the model, so that a run gets beyond them."""
     monkeypatch.chdir(tmp_path)
@@ -309,7 +308,7 @@ def test_nothing_runs_in_tools(name, tmp_path, monkeypatch, capsys):
     init_default_scope('mmdet')
     fitting = MODELS.build(cfg.model).state_dict()
     module, target, arguments = TOOLS[name]
-    for number, payload in enumerate(AT_TOOLS):
+    for number, payload in enumerate(AT_TOOLS[:1] if name == FAST else AT_TOOLS):
         folder = tmp_path / f'folder{number}'
         folder.mkdir()
         monkeypatch.syspath_prepend(folder)
@@ -318,7 +317,7 @@ def test_nothing_runs_in_tools(name, tmp_path, monkeypatch, capsys):
         PAYLOADS[payload](path, tmp_path / 'marker', fitting)
         Path(path.parent, 'last_checkpoint').write_text(str(path))
         options = [a.format(file=path) for a in arguments]
-        with contextlib.suppress(SystemExit):
+        with contextlib.suppress(SystemExit, Exception):  # a payload makes no run that ends well
             command_line.run(module, options)
         printed = capsys.readouterr()
         assert not (tmp_path / 'marker').exists(), payload
