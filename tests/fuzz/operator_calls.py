@@ -24,7 +24,6 @@ UNDERFLOW = 1e-25
 MARGIN = 16
 FLOOR = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}  # of the largest value
 EXTREME = (0.0, -0.0, 1e-30, -1e-30, 1e-6, 20.0, -20.0, 88.0, -88.7, 100.0, -100.0, 1e4, -1e4, 1e30, -1e30)
-WIDE = (torch.float32, torch.float64)
 LENGTHS = (1, 1, 2, 3, 4, 5, 7, 8, 9, 13, 16, 17, 31, 33, 63, 64, 65)
 CHANNELS = (1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 20, 31, 32, 33, 48)
 STATES = (1, 1, 2, 3, 4, 5, 8, 16, 17)
