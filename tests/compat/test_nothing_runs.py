@@ -50,7 +50,7 @@ class Runs:
 
 @pytest.fixture(scope='module')
 def weights():
-    return MODELS.build(BACKBONE).state_dict()
+    return ModelOfPayloads().state_dict()
 
 
 def made(marker):
@@ -267,6 +267,8 @@ def test_nothing_runs(reader, weights, tmp_path, monkeypatch):
         assert not marker.exists(), name
         if isinstance(error, InputError):
             assert '\n' not in str(error), name
+        if reader.startswith('resume') and name == 'config: import':  # a run gets as far as the config
+            assert 'kept as text' in str(error), repr(error)
 
 
 TINY = """
