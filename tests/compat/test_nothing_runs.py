@@ -50,7 +50,7 @@ class Runs:
 
 @pytest.fixture(scope='module')
 def weights():
-    return MODELS.build(BACKBONE).state_dict()
+    return ModelOfPayloads().state_dict()
 
 
 def made(marker):
@@ -267,6 +267,8 @@ def test_nothing_runs(reader, weights, tmp_path, monkeypatch):
         assert not marker.exists(), name
         if isinstance(error, InputError):
             assert '\n' not in str(error), name
+        if reader.startswith('resume') and name == 'config: import':  # a run gets as far as the config
+            assert 'kept as text' in str(error), repr(error)
 
 
 TINY = """
@@ -293,12 +295,11 @@ TOOLS = {
     'test FOLDER': (test, 'work_dirs/tiny/iter_1.pth', ['tiny.py', 'work_dirs/tiny']),
     'visualize': (visualize, '{file}', ['photo.png', 'tiny.py', '{file}']),
 }
-AT_TOOLS = ('in the weights', 'config: import', 'config: custom_imports', 'config: type')
+AT_TOOLS = ('config: import', 'in the weights', 'config: custom_imports', 'config: type')
+FAST = 'train --resume FILE'
 
 
-@pytest.mark.parametrize(
-    'name', [pytest.param(n, marks=[pytest.mark.slow] * (n != 'train --resume FILE')) for n in TOOLS]
-)
+@pytest.mark.parametrize('name', [pytest.param(n, marks=[pytest.mark.slow] * (n != FAST)) for n in TOOLS])
 def test_nothing_runs_in_tools(name, tmp_path, monkeypatch, capsys):
     """With weights that fit the model, so that a run gets beyond them."""
     monkeypatch.chdir(tmp_path)
@@ -309,7 +310,7 @@ def test_nothing_runs_in_tools(name, tmp_path, monkeypatch, capsys):
     init_default_scope('mmdet')
     fitting = MODELS.build(cfg.model).state_dict()
     module, target, arguments = TOOLS[name]
-    for number, payload in enumerate(AT_TOOLS):
+    for number, payload in enumerate(AT_TOOLS[:1] if name == FAST else AT_TOOLS):
         folder = tmp_path / f'folder{number}'
         folder.mkdir()
         monkeypatch.syspath_prepend(folder)
@@ -318,7 +319,7 @@ def test_nothing_runs_in_tools(name, tmp_path, monkeypatch, capsys):
         PAYLOADS[payload](path, tmp_path / 'marker', fitting)
         Path(path.parent, 'last_checkpoint').write_text(str(path))
         options = [a.format(file=path) for a in arguments]
-        with contextlib.suppress(SystemExit):
+        with contextlib.suppress(SystemExit, Exception):  # a payload makes no run that ends well
             command_line.run(module, options)
         printed = capsys.readouterr()
         assert not (tmp_path / 'marker').exists(), payload

@@ -20,9 +20,10 @@ import ssm_kernels as ops
 
 # a decay or step below the smallest normal number may count as 0: 1.2e-38 times what it meets
 UNDERFLOW = 1e-25
+# how far from an overflow a result must be: sums on the way to it may be larger
+MARGIN = 16
 FLOOR = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}  # of the largest value
 EXTREME = (0.0, -0.0, 1e-30, -1e-30, 1e-6, 20.0, -20.0, 88.0, -88.7, 100.0, -100.0, 1e4, -1e4, 1e30, -1e30)
-WIDE = (torch.float32, torch.float64)
 LENGTHS = (1, 1, 2, 3, 4, 5, 7, 8, 9, 13, 16, 17, 31, 33, 63, 64, 65)
 CHANNELS = (1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 20, 31, 32, 33, 48)
 STATES = (1, 1, 2, 3, 4, 5, 8, 16, 17)
@@ -238,7 +239,7 @@ def problems(call: Call) -> list[str]:
     if suspects:
         kind = torch.bfloat16 if call.autocast else torch.promote_types(call.dtype, torch.float32)
         eps = torch.finfo(kind).eps
-        shaken = [carry_out(call, torch.float64, 'torch', plain=True, noise=eps, seed=seed) for seed in (1, 2, 3)]
+        shaken = [carry_out(call, torch.float64, 'torch', plain=True, noise=eps, seed=seed) for seed in range(1, 9)]
         for name in suspects:
             words = _differs(ours[name], plain[name], exact[name], [x[name] for x in shaken])
             found += [f'{call}: {name}: {words}'] if words else []
@@ -248,7 +249,7 @@ def problems(call: Call) -> list[str]:
 def _differs(ours: Tensor, plain: Tensor, exact: Tensor, shaken: Sequence[Tensor] = ()) -> str:
     if ours.dtype != plain.dtype or ours.shape != plain.shape:
         return f'{ours.dtype} {tuple(ours.shape)}, must be {plain.dtype} {tuple(plain.shape)}'
-    fine = plain.isfinite() & exact.isfinite()
+    fine = plain.isfinite() & (exact.abs() < torch.finfo(torch.float32).max / MARGIN)  # NaN is not below
     if not ours[fine].isfinite().all():
         worst = plain[fine & ~ours.isfinite()][:1].item()
         return f'{int((fine & ~ours.isfinite()).sum())} values are not finite, where plain PyTorch has {worst:.3g}'
