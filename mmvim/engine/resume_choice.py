@@ -10,7 +10,13 @@ from typing import Any, NamedTuple
 from mmvim.errors import CheckpointError, first_line
 from mmvim.weights.reading import read_checkpoint
 
+SUFFIXES = ('.pth', '.pt', '.ckpt')
 REMEDY = 'start from its weights with load_from=FILE in place of --resume'
+
+
+def checkpoints_in(folder: str | os.PathLike) -> list[Path]:
+    """The files in a folder that have the name of a checkpoint."""
+    return sorted(file for file in Path(folder).glob('*') if file.suffix in SUFFIXES)
 
 
 class Found(NamedTuple):
@@ -59,7 +65,7 @@ def newest_checkpoint(
         CheckpointError: if there are checkpoints, or `last_checkpoint` names one, but none can be used.
     """
     folders = list(dict.fromkeys(Path(folder) for folder in folders))
-    files = [file for folder in folders for file in sorted(folder.glob('*.pth'))]
+    files = [file for folder in folders for file in checkpoints_in(folder)]
     noted = next((path for folder in folders if (path := _noted(folder)) is not None), None)
     if not files and noted is not None:
         if not noted.is_file():

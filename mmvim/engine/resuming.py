@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,12 +11,14 @@ from mmengine.dist import broadcast_object_list, get_rank, get_world_size
 from mmengine.hooks import EarlyStoppingHook, Hook
 from mmengine.optim import OptimWrapper
 from mmengine.runner import EpochBasedTrainLoop, Runner
+from mmengine.runner.checkpoint import _load_checkpoint
 
-from mmvim.engine.hooks import fit_report, unwrapped
+from mmvim.engine.hooks import unwrapped
 from mmvim.engine.randomness import ResumableLoader
 from mmvim.engine.resume_choice import REMEDY, Found, check_intact, check_resumable, newest_checkpoint
 from mmvim.errors import CheckpointError, ConfigError
 from mmvim.registry import HOOKS
+from mmvim.weights import Conversion, compare
 from mmvim.weights.reading import find_state_dict
 
 KEY = 'mmvim_run'  # entry of a checkpoint
@@ -40,7 +43,7 @@ class ResumeHook(Hook):
         checkpoint[KEY] = facts(runner)
         checkpoint[KEY]['validated'] = -1 if _early_stopping(runner) else self.validated
         wrapper = runner.optim_wrapper
-        if _accumulating(wrapper, wrapper._inner_count) and get_world_size() == 1:
+        if _accumulating(wrapper, getattr(wrapper, '_inner_count', 0)) and get_world_size() == 1:
             named = unwrapped(runner.model).named_parameters()
             checkpoint[KEY]['gradients'] = {name: p.grad.cpu() for name, p in named if p.grad is not None}
 
@@ -82,7 +85,7 @@ def facts(runner: Runner) -> dict[str, Any]:
         processes=get_world_size(),
         accumulative_counts=getattr(wrapper, '_accumulative_counts', 1),
         max_epochs=loop.max_epochs if by_epoch else None,
-        max_iters=None if by_epoch else loop.max_iters,
+        max_iters=None if by_epoch else getattr(loop, 'max_iters', None),
         epoch_length=len(loop.dataloader) if by_epoch else None,
         schedulers=[type(scheduler).__name__ for scheduler in _schedulers(runner)],
         early_stopping=[(hook.best_score, hook.wait_count) for hook in _early_stopping(runner)],
@@ -119,10 +122,10 @@ def settle(runner: Runner) -> int | None:
     if get_rank() == 0:
         try:
             decided = [_choose(runner)]
-        except CheckpointError as error:
+        except Exception as error:  # the other processes wait for an answer
             decided = [error]
     broadcast_object_list(decided)
-    if isinstance(decided[0], CheckpointError):
+    if isinstance(decided[0], Exception):
         raise decided[0]
     path, seed = decided[0]
     if path is None:
@@ -139,19 +142,20 @@ def settle(runner: Runner) -> int | None:
 def _choose(runner: Runner) -> tuple[str | None, int | None]:
     given = runner._load_from if runner._resume != 'auto' else None
     with_schedulers = runner.param_schedulers is not None
-    if given is not None and '://' in given:
-        return given, None
-    if given is not None:
-        check_intact(given)
-        # messages on what it lacks come here, on weights that do not fit from CheckpointFitHook
-        found: Found | None = Found.read(given)
+    found: Found | None
+    if given is not None:  # CheckpointFitHook looks at the weights
+        if '://' in given:
+            found = Found(Path(given), _load_checkpoint(given, map_location='cpu'))
+        else:
+            check_intact(given)
+            found = Found.read(given)
         check_resumable(given, found.content, with_schedulers)
     else:
         model = unwrapped(runner.model)
 
         def wanted(found: Found) -> None:
             check_resumable(found.path, found.content, with_schedulers)
-            report = fit_report(model, find_state_dict(found.content, found.path), strict=True)
+            report = compare(Conversion(find_state_dict(found.content, found.path)), model.state_dict())
             if report.missing or report.mismatched:
                 raise CheckpointError(f"'{found.path}' does not fit the model of this config, {report}: {REMEDY}")
 
@@ -161,8 +165,7 @@ def _choose(runner: Runner) -> tuple[str | None, int | None]:
         if found is None:
             return None, None
         runner.logger.info(f"--resume: goes on from '{found.path}', the newest checkpoint that can be used")
-    seed = found.content['meta'].get('seed')
-    return str(found.path), seed
+    return given or str(found.path), found.content['meta'].get('seed')
 
 
 def _folders(runner: Runner) -> list[str]:
@@ -211,6 +214,9 @@ def resume_run(runner: Runner, checkpoint: dict, path: str, optimizer: bool = Tr
     if optimizer:
         _resume_optimizer(runner, checkpoint, path, schedulers)
         _restore_gradients(runner, run)
+    elif schedulers:
+        for scheduler, state in zip(_schedulers(runner), _flat(checkpoint.get('param_schedulers')), strict=False):
+            scheduler.load_state_dict(state)
     for part in _inexact(runner):
         runner.logger.warning(f'--resume: the run does not go on bit for bit, because {part}')
     if done == end:

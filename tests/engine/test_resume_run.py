@@ -62,6 +62,38 @@ def test_the_number_of_workers_changes_nothing(tmp_path, small_run):
     assert small_run.differences(tmp_path / '0' / 'iter_4.pth', tmp_path / '2' / 'iter_4.pth') == []
 
 
+def best(**more):
+    return dict(checkpoint=dict(type='CheckpointHook', interval=2, by_epoch=False, save_best='acc', **more))
+
+
+STOPPING = [
+    dict(type='EMAHook'),
+    dict(type='EarlyStoppingHook', monitor='acc', rule='greater', min_delta=9, patience=2),
+]
+
+
+@pytest.mark.parametrize(
+    'settings',
+    [
+        {},
+        pytest.param(dict(default_hooks=best(rule='less')), marks=slow),
+        pytest.param(dict(custom_hooks=STOPPING, end=12), marks=slow),
+        pytest.param(dict(custom_hooks=STOPPING, end=12, default_hooks=best()), marks=slow),
+    ],
+    ids=['plain', 'best', 'early stopping', 'early stopping, best'],
+)
+def test_a_resumed_run_validates_what_the_unbroken_run_does(tmp_path, small_run, settings):
+    """Also where the run was killed after saving and before or while validating."""
+    settings = dict(dict(end=6, sampler=INFINITE, seed=1), **settings)
+    whole = small_run.train(tmp_path / 'whole', **settings)
+    (tmp_path / 'work').mkdir()
+    shutil.copy(tmp_path / 'whole' / 'iter_2.pth', tmp_path / 'work')
+    resumed = small_run.train(tmp_path / 'work', **settings, resume='auto')
+    assert resumed.iter == whole.iter
+    ours, theirs = (run.message_hub.get_scalar('val/acc').data[0].tolist() for run in (resumed, whole))
+    assert ours == theirs
+
+
 @pytest.fixture(scope='module')
 def done(tmp_path_factory, small_run):
     """The work directory of a run of 4 iterations."""
@@ -146,7 +178,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize('given', ['auto', 'file'])
+@pytest.mark.parametrize('given', [pytest.param('auto', marks=slow), 'file'])
 @pytest.mark.parametrize('kind', REFUSED)
 def test_a_checkpoint_of_another_kind_is_refused_in_one_line(resume, tmp_path, kind, given):
     change, settings, message = REFUSED[kind]
