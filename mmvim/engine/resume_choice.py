@@ -152,6 +152,8 @@ def check_resumable(path: str | os.PathLike, content: Mapping[str, Any], with_sc
         raise CheckpointError(
             f"'{path}' cannot be resumed from, as it does not say at which iteration and epoch it was saved: {REMEDY}"
         )
+    if not isinstance(meta.get('seed', 0), int) or not isinstance(content.get('message_hub', {}), Mapping):
+        raise CheckpointError(f"'{path}' cannot be resumed from, as its seed or message_hub is none: {REMEDY}")
     kinds: dict[str, tuple[Any, str]] = dict(
         state_dict=(Mapping, 'weights'), optimizer=(Mapping, 'state of the optimiser')
     )
@@ -161,3 +163,11 @@ def check_resumable(path: str | os.PathLike, content: Mapping[str, Any], with_sc
         if not isinstance(content.get(key), kind):
             have = 'no' if content.get(key) is None else f'a {type(content[key]).__name__} for'
             raise CheckpointError(f"'{path}' cannot be resumed from, as it has {have} {what} ('{key}'): {REMEDY}")
+    for key, parts in (
+        ('param_groups', content['optimizer'].get('param_groups', [])),
+        ('param_schedulers', content.get('param_schedulers', [])),
+    ):
+        if isinstance(parts, list) and all(isinstance(part, Mapping) for part in parts):
+            continue
+        if not isinstance(parts, Mapping):  # of several optimisers, by name
+            raise CheckpointError(f"'{path}' cannot be resumed from, as its {key} are no list of dicts: {REMEDY}")

@@ -58,6 +58,10 @@ DAMAGE = dict(
     other_meta=lambda path: save(path, 1000, meta='x'),
     text_for_iteration=lambda path: save(path, 1000, meta=dict(iter='1000', epoch=0)),
     list_for_optimiser=lambda path: save(path, 1000, optimizer=[]),
+    text_for_seed=lambda path: save(path, 1000, meta=dict(iter=1000, epoch=0, seed='x')),
+    list_for_message_hub=lambda path: save(path, 1000, message_hub=[]),
+    numbers_for_groups=lambda path: save(path, 1000, optimizer=dict(state={}, param_groups=[1])),
+    numbers_for_schedulers=lambda path: save(path, 1000, param_schedulers=[1]),
     dangling_link=lambda path: (path.unlink(), path.symlink_to('gone')),
 )
 

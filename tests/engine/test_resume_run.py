@@ -17,7 +17,7 @@ RUNS = {
     'iterations, 2 workers': dict(end=8, workers=2),
     'infinite, 1 worker': dict(sampler=INFINITE, workers=1),
     'epochs': dict(by_epoch=True, end=3, interval=(1, True)),
-    'within an epoch, 1 worker': dict(by_epoch=True, end=2, interval=3, workers=1),
+    'within an epoch, 1 worker': dict(by_epoch=True, end=2, interval=4, workers=1),
     'accumulation': dict(accumulate=3, end=8, sampler=INFINITE),
     'batches of one shape': dict(
         sampler=dict(**INFINITE, batch_sampler=dict(type='mmdet.AspectRatioBatchSampler')), workers=1
@@ -33,7 +33,7 @@ RUNS = {
         sampler=dict(sampler=dict(type='mmpretrain.RepeatAugSampler')), by_epoch=True, end=2, interval=(1, True)
     ),
 }
-FAST = ('infinite, 1 worker', 'within an epoch, 1 worker')
+FAST = ('within an epoch, 1 worker',)
 
 
 def checkpoints(folder):
@@ -75,7 +75,7 @@ STOPPING = [
 @pytest.mark.parametrize(
     'settings',
     [
-        {},
+        dict(end=4),
         pytest.param(dict(default_hooks=best(rule='less')), marks=slow),
         pytest.param(dict(custom_hooks=STOPPING, end=12), marks=slow),
         pytest.param(dict(custom_hooks=STOPPING, end=12, default_hooks=best()), marks=slow),
