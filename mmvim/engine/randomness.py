@@ -53,7 +53,7 @@ class RandomStateHook(Hook):
 
     def before_val_epoch(self, runner: Runner) -> None:
         """What a validation draws."""
-        seed_from(runner.seed, VALIDATION, runner.iter if runner._train_loop is not None else 0)
+        seed_from(runner.seed, VALIDATION, runner.iter)
 
 
 class _OwnStates:

@@ -54,6 +54,8 @@ class ResumeHook(Hook):
         loop, pending = runner.train_loop, getattr(runner, 'validated', None)
         if pending is None or runner.val_loop is None or pending == loop.iter or loop.iter == 0:
             return
+        if not hasattr(loop, '_decide_current_val_interval'):  # a loop of the user's own
+            return
         loop._decide_current_val_interval()
         by_epoch = isinstance(loop, EpochBasedTrainLoop)
         now, last = (loop.epoch, loop.max_epochs) if by_epoch else (loop.iter, loop.max_iters)
