@@ -12,7 +12,7 @@ from mmvim.compat.stored_configs import check_stored_config
 from mmvim.config.class_counts import OTHER_HEADS, OTHER_PARTS, OTHER_TYPES
 from mmvim.errors import CheckpointError, ConfigError
 from mmvim.registry import HOOKS
-from mmvim.weights import Conversion, LoadReport, compare, find_state_dict, fit_to_classifier
+from mmvim.weights import Conversion, compare, find_state_dict, fit_to_classifier
 from mmvim.weights.reading import part_of
 
 
@@ -89,7 +89,7 @@ class CheckpointFitHook(Hook):
         if renamed is not found:
             found = checkpoint['state_dict'] = renamed
         strict = runner._resume or getattr(runner, 'testing', False)
-        report = fit_report(model, found, strict)
+        report = compare(_convert_backbone(model, found, strict), model.state_dict())
         enough = len(report.loaded) * 2 >= len(model.state_dict())
         if not enough or (strict and (report.missing or report.mismatched)):
             source = runner._load_from or runner.work_dir
@@ -115,11 +115,6 @@ class CheckpointFitHook(Hook):
                 f'{list(here)}: give the class names in the order of training, for a COCO folder by '
                 f'--cfg-options classes="[\'{trained[0]}\', ...]"'
             )
-
-
-def fit_report(model: nn.Module, weights: dict[str, Tensor], strict: bool) -> LoadReport:
-    """How weights fit a model, after what its backbone makes of them."""
-    return compare(_convert_backbone(model, weights, strict), model.state_dict())
 
 
 def _convert_backbone(model: nn.Module, weights: dict[str, Tensor], strict: bool) -> Conversion:

@@ -53,7 +53,7 @@ class RandomStateHook(Hook):
 
     def before_val_epoch(self, runner: Runner) -> None:
         """What a validation draws."""
-        seed_from(runner.seed, VALIDATION, runner.iter if runner._train_loop is not None else 0)
+        seed_from(runner.seed, VALIDATION, runner.iter)
 
 
 class _OwnStates:
@@ -210,7 +210,9 @@ class EpochBasedTrainLoop(_EpochBasedTrainLoop):
         """Iterate the rest of an epoch."""
         self.runner.call_hook('before_train_epoch')
         self.runner.model.train()
-        first = self.dataloader.numbered.to_skip if isinstance(self.dataloader, ResumableLoader) else 0
+        first = 0
+        if isinstance(self.dataloader, ResumableLoader):
+            first, self.dataloader.numbered.pass_number = self.dataloader.numbered.to_skip, self._epoch
         for index, batch in enumerate(self.dataloader, start=first):
             self.run_iter(index, batch)
         self.runner.call_hook('after_train_epoch')

@@ -10,7 +10,13 @@ from typing import Any, NamedTuple
 from mmvim.errors import CheckpointError, first_line
 from mmvim.weights.reading import read_checkpoint
 
+SUFFIXES = ('.pth', '.pt', '.ckpt')
 REMEDY = 'start from its weights with load_from=FILE in place of --resume'
+
+
+def checkpoints_in(folder: str | os.PathLike) -> list[Path]:
+    """The files in a folder that have the name of a checkpoint."""
+    return sorted(file for file in Path(folder).glob('*') if file.suffix in SUFFIXES)
 
 
 class Found(NamedTuple):
@@ -59,7 +65,7 @@ def newest_checkpoint(
         CheckpointError: if there are checkpoints, or `last_checkpoint` names one, but none can be used.
     """
     folders = list(dict.fromkeys(Path(folder) for folder in folders))
-    files = [file for folder in folders for file in sorted(folder.glob('*.pth'))]
+    files = [file for folder in folders for file in checkpoints_in(folder)]
     noted = next((path for folder in folders if (path := _noted(folder)) is not None), None)
     if not files and noted is not None:
         if not noted.is_file():
@@ -146,6 +152,8 @@ def check_resumable(path: str | os.PathLike, content: Mapping[str, Any], with_sc
         raise CheckpointError(
             f"'{path}' cannot be resumed from, as it does not say at which iteration and epoch it was saved: {REMEDY}"
         )
+    if not isinstance(meta.get('seed', 0), int) or not isinstance(content.get('message_hub', {}), Mapping):
+        raise CheckpointError(f"'{path}' cannot be resumed from, as its seed or message_hub is none: {REMEDY}")
     kinds: dict[str, tuple[Any, str]] = dict(
         state_dict=(Mapping, 'weights'), optimizer=(Mapping, 'state of the optimiser')
     )
@@ -155,3 +163,11 @@ def check_resumable(path: str | os.PathLike, content: Mapping[str, Any], with_sc
         if not isinstance(content.get(key), kind):
             have = 'no' if content.get(key) is None else f'a {type(content[key]).__name__} for'
             raise CheckpointError(f"'{path}' cannot be resumed from, as it has {have} {what} ('{key}'): {REMEDY}")
+    for key, parts in (
+        ('param_groups', content['optimizer'].get('param_groups', [])),
+        ('param_schedulers', content.get('param_schedulers', [])),
+    ):
+        if isinstance(parts, list) and all(isinstance(part, Mapping) for part in parts):
+            continue
+        if not isinstance(parts, Mapping):  # of several optimisers, by name
+            raise CheckpointError(f"'{path}' cannot be resumed from, as its {key} are no list of dicts: {REMEDY}")

@@ -1,27 +1,32 @@
 """Go on with a run that was interrupted as if it had not been."""
 
-import math
-import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-import torch
 from mmengine.dist import broadcast_object_list, get_rank, get_world_size
-from mmengine.hooks import EarlyStoppingHook, Hook
+from mmengine.hooks import Hook
 from mmengine.optim import OptimWrapper
 from mmengine.runner import EpochBasedTrainLoop, Runner
+from mmengine.runner.checkpoint import _load_checkpoint
 
-from mmvim.engine.hooks import fit_report, unwrapped
+from mmvim.engine.hooks import unwrapped
 from mmvim.engine.randomness import ResumableLoader
 from mmvim.engine.resume_choice import REMEDY, Found, check_intact, check_resumable, newest_checkpoint
+from mmvim.engine.resume_optimizer import (
+    batch_size_of,
+    early_stopping_hooks,
+    facts,
+    flat,
+    resume_optimizer,
+    schedulers_of,
+)
 from mmvim.errors import CheckpointError, ConfigError
 from mmvim.registry import HOOKS
+from mmvim.weights import Conversion, compare
 from mmvim.weights.reading import find_state_dict
 
 KEY = 'mmvim_run'  # entry of a checkpoint
-# of a scheduler's state, what says where it stands; the rest is how it was configured
-POSITION = {'last_step', 'last_epoch', '_global_step', '_last_value', 'base_values', 'best', 'num_bad_epochs'}
-POSITION |= {'cooldown_counter', 'verbose'}
 # parts of the hosts that keep something from one iteration to the next which no checkpoint holds
 FORGETFUL = ('CachedMosaic', 'CachedMixUp', 'BatchSyncRandomResize', 'DynamicRoIHead')
 
@@ -38,9 +43,9 @@ class ResumeHook(Hook):
         if 'optimizer' not in checkpoint:
             return
         checkpoint[KEY] = facts(runner)
-        checkpoint[KEY]['validated'] = -1 if _early_stopping(runner) else self.validated
+        checkpoint[KEY]['validated'] = -1 if early_stopping_hooks(runner) else self.validated
         wrapper = runner.optim_wrapper
-        if _accumulating(wrapper, wrapper._inner_count) and get_world_size() == 1:
+        if _accumulating(wrapper, getattr(wrapper, '_inner_count', 0)) and get_world_size() == 1:
             named = unwrapped(runner.model).named_parameters()
             checkpoint[KEY]['gradients'] = {name: p.grad.cpu() for name, p in named if p.grad is not None}
 
@@ -48,6 +53,8 @@ class ResumeHook(Hook):
         """Validate, where the unbroken run would have done so after the checkpoint was saved."""
         loop, pending = runner.train_loop, getattr(runner, 'validated', None)
         if pending is None or runner.val_loop is None or pending == loop.iter or loop.iter == 0:
+            return
+        if not hasattr(loop, '_decide_current_val_interval'):  # a loop of the user's own
             return
         loop._decide_current_val_interval()
         by_epoch = isinstance(loop, EpochBasedTrainLoop)
@@ -61,47 +68,11 @@ class ResumeHook(Hook):
         self.validated = runner.iter
 
 
-def _early_stopping(runner: Runner) -> list[EarlyStoppingHook]:
-    return [hook for hook in runner.hooks if isinstance(hook, EarlyStoppingHook)]
-
-
 def _accumulating(wrapper: Any, count: int) -> bool:
     """Whether gradients of earlier iterations wait for the next step of the optimiser."""
     return (
         isinstance(wrapper, OptimWrapper) and count % wrapper._accumulative_counts != 0 and count != wrapper._max_counts
     )
-
-
-def facts(runner: Runner) -> dict[str, Any]:
-    """What a checkpoint keeps of its run, beside what mmengine does; numbers and text only."""
-    loop, wrapper = runner.train_loop, runner.optim_wrapper
-    by_epoch = isinstance(loop, EpochBasedTrainLoop)
-    return dict(
-        optimizer=_optimizer_name(wrapper),
-        batch_size=_batch_size(loop.dataloader),
-        processes=get_world_size(),
-        accumulative_counts=getattr(wrapper, '_accumulative_counts', 1),
-        max_epochs=loop.max_epochs if by_epoch else None,
-        max_iters=None if by_epoch else loop.max_iters,
-        epoch_length=len(loop.dataloader) if by_epoch else None,
-        schedulers=[type(scheduler).__name__ for scheduler in _schedulers(runner)],
-        early_stopping=[(hook.best_score, hook.wait_count) for hook in _early_stopping(runner)],
-    )
-
-
-def _optimizer_name(wrapper: Any) -> str | None:
-    return type(wrapper.optimizer).__name__ if isinstance(wrapper, OptimWrapper) else None
-
-
-def _batch_size(loader: Any) -> Any:
-    return getattr(loader, 'batch_size', None) or getattr(getattr(loader, 'batch_sampler', None), 'batch_size', None)
-
-
-def _schedulers(runner: Runner) -> list:
-    schedulers = runner.param_schedulers
-    if isinstance(schedulers, dict):
-        return [scheduler for part in schedulers.values() for scheduler in part]
-    return list(schedulers or [])
 
 
 def settle(runner: Runner) -> int | None:
@@ -119,10 +90,10 @@ def settle(runner: Runner) -> int | None:
     if get_rank() == 0:
         try:
             decided = [_choose(runner)]
-        except CheckpointError as error:
+        except Exception as error:  # the other processes wait for an answer
             decided = [error]
     broadcast_object_list(decided)
-    if isinstance(decided[0], CheckpointError):
+    if isinstance(decided[0], Exception):
         raise decided[0]
     path, seed = decided[0]
     if path is None:
@@ -139,19 +110,20 @@ def settle(runner: Runner) -> int | None:
 def _choose(runner: Runner) -> tuple[str | None, int | None]:
     given = runner._load_from if runner._resume != 'auto' else None
     with_schedulers = runner.param_schedulers is not None
-    if given is not None and '://' in given:
-        return given, None
-    if given is not None:
-        check_intact(given)
-        # messages on what it lacks come here, on weights that do not fit from CheckpointFitHook
-        found: Found | None = Found.read(given)
+    found: Found | None
+    if given is not None:  # CheckpointFitHook looks at the weights
+        if '://' in given:
+            found = Found(Path(given), _load_checkpoint(given, map_location='cpu'))
+        else:
+            check_intact(given)
+            found = Found.read(given)
         check_resumable(given, found.content, with_schedulers)
     else:
         model = unwrapped(runner.model)
 
         def wanted(found: Found) -> None:
             check_resumable(found.path, found.content, with_schedulers)
-            report = fit_report(model, find_state_dict(found.content, found.path), strict=True)
+            report = compare(Conversion(find_state_dict(found.content, found.path)), model.state_dict())
             if report.missing or report.mismatched:
                 raise CheckpointError(f"'{found.path}' does not fit the model of this config, {report}: {REMEDY}")
 
@@ -161,8 +133,7 @@ def _choose(runner: Runner) -> tuple[str | None, int | None]:
         if found is None:
             return None, None
         runner.logger.info(f"--resume: goes on from '{found.path}', the newest checkpoint that can be used")
-    seed = found.content['meta'].get('seed')
-    return str(found.path), seed
+    return given or str(found.path), found.content['meta'].get('seed')
 
 
 def _folders(runner: Runner) -> list[str]:
@@ -193,7 +164,7 @@ def resume_run(runner: Runner, checkpoint: dict, path: str, optimizer: bool = Tr
     """
     check_resumable(path, checkpoint if optimizer else {**checkpoint, 'optimizer': {}}, False)
     loop, meta = runner.train_loop, checkpoint['meta']
-    run = checkpoint.get(KEY) or {}
+    run = checkpoint[KEY] if isinstance(checkpoint.get(KEY), Mapping) else {}
     loop._epoch, loop._iter = meta['epoch'], meta['iter']
     _place_data(runner, run)
     by_epoch = isinstance(loop, EpochBasedTrainLoop)
@@ -205,12 +176,15 @@ def resume_run(runner: Runner, checkpoint: dict, path: str, optimizer: bool = Tr
         )
     if 'message_hub' in checkpoint:
         runner.message_hub.load_state_dict(checkpoint['message_hub'])
-    for hook, state in zip(_early_stopping(runner), run.get('early_stopping', []), strict=False):
+    for hook, state in zip(early_stopping_hooks(runner), run.get('early_stopping', []), strict=False):
         hook.best_score, hook.wait_count = state
     runner.validated = run.get('validated', -1)
     if optimizer:
-        _resume_optimizer(runner, checkpoint, path, schedulers)
+        resume_optimizer(runner, checkpoint, run, path, schedulers)
         _restore_gradients(runner, run)
+    elif schedulers:
+        for scheduler, state in zip(schedulers_of(runner), flat(checkpoint.get('param_schedulers')), strict=False):
+            scheduler.load_state_dict(state)
     for part in _inexact(runner):
         runner.logger.warning(f'--resume: the run does not go on bit for bit, because {part}')
     if done == end:
@@ -220,7 +194,7 @@ def resume_run(runner: Runner, checkpoint: dict, path: str, optimizer: bool = Tr
 def _place_data(runner: Runner, run: Mapping[str, Any]) -> None:
     """Let the data of the first epoch go on behind what has been used; name what moves them."""
     loop = runner.train_loop
-    for name, here in (('batch_size', _batch_size(loop.dataloader)), ('processes', get_world_size())):
+    for name, here in (('batch_size', batch_size_of(loop.dataloader)), ('processes', get_world_size())):
         if run.get(name, here) != here:
             runner.logger.warning(
                 f'--resume: {name} was {run[name]} and is {here} now: the order of the data changes, and the learning '
@@ -236,119 +210,6 @@ def _place_data(runner: Runner, run: Mapping[str, Any]) -> None:
         loop._iter, used = loop.epoch * length, 0
     loop.dataloader.numbered.to_skip = used if 0 <= used <= length else 0
     loop.dataloader.numbered.pass_number = loop.epoch
-
-
-def _resume_optimizer(runner: Runner, checkpoint: Mapping[str, Any], path: str, schedulers: bool) -> None:
-    wrapper, run = runner.optim_wrapper, checkpoint.get(KEY) or {}
-    here, there = _optimizer_name(wrapper), run.get('optimizer')
-    kept = checkpoint['optimizer']
-    fresh = [dict(group) for group in wrapper.param_groups] if here else []
-    other = set(fresh[0]) ^ set((kept.get('param_groups') or fresh)[0]) if fresh else set()
-    telling = {'betas', 'momentum', 'alpha', 'rho', 'lambd', 'lr_decay'} & other
-    if (there and here != there) or (not there and telling):
-        was = there or f'another one, with or without {", ".join(sorted(telling))}'
-        raise CheckpointError(
-            f"checkpoint '{path}' cannot be resumed: its optimiser is {was}, the config's {here}: {REMEDY}"
-        )
-    try:
-        wrapper.load_state_dict(kept)
-    except (ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"checkpoint '{path}' cannot be resumed: the state of its optimiser does not fit ({error}): {REMEDY}"
-        ) from None
-    states = checkpoint.get('param_schedulers')
-    if not fresh:  # several optimisers
-        for scheduler, state in zip(_schedulers(runner), _flat(states), strict=False):
-            scheduler.load_state_dict(state)
-        return
-    changes = _changes(fresh, wrapper.param_groups)
-    if schedulers:
-        changes += _schedule_changes(runner, _flat(states), run)
-    loop = runner.train_loop
-    moved = run.get('epoch_length') not in (None, len(loop.dataloader)) and run.get('max_epochs')
-    for name in ('max_iters', 'max_epochs', 'accumulative_counts'):
-        now = facts(runner)[name]
-        if name in run and run[name] != now:
-            changes.append(f'{name} was {run[name]} and is {now}')
-    if not changes and not moved:
-        for scheduler, state in zip(_schedulers(runner), _flat(states), strict=False):
-            scheduler.load_state_dict(state)
-        return
-    runner.logger.warning(
-        f'--resume: the config differs from that of the checkpoint ({"; ".join(changes[:6]) or "length of an epoch"}): '
-        f'the config wins; learning rates are those that it gives at iteration {loop.iter} of its own schedule'
-    )
-    for group, settings in zip(wrapper.param_groups, fresh, strict=True):
-        group.update({name: value for name, value in settings.items() if name != 'params'})
-    replay(_schedulers(runner), _flat(states), loop.iter, loop.epoch, getattr(loop, 'dataloader', ()))
-
-
-def _flat(states: Any) -> list:
-    if isinstance(states, Mapping):
-        return [state for part in states.values() for state in part]
-    return list(states or [])
-
-
-def _changes(fresh: Sequence[Mapping], kept: Sequence[Mapping]) -> list[str]:
-    """In which settings parameter groups differ, apart from what a schedule makes of them."""
-    changes: dict[str, str] = {}
-    for here, there in zip(fresh, kept, strict=True):
-        for name in here:
-            if name == 'params' or name.startswith('initial_') or name not in there:
-                continue
-            now, was = (group.get(f'initial_{name}', group[name]) for group in (here, there))
-            if not _same(now, was):
-                changes.setdefault(name, f'{name} was {was} and is {now}')
-    return list(changes.values())
-
-
-def _same(one: Any, other: Any) -> bool:
-    if isinstance(one, torch.Tensor) or isinstance(other, torch.Tensor):
-        return bool(torch.equal(torch.as_tensor(one), torch.as_tensor(other)))
-    listed = isinstance(one, list | tuple) and isinstance(other, list | tuple)
-    return list(one) == list(other) if listed else one == other
-
-
-def _schedule_changes(runner: Runner, states: list[Mapping], run: Mapping[str, Any]) -> list[str]:
-    """How the config's schedule differs from the checkpoint's."""
-    schedulers = _schedulers(runner)
-    kinds = [type(scheduler).__name__ for scheduler in schedulers]
-    if len(states) != len(schedulers) or run.get('schedulers', kinds) != kinds:
-        return [f'param_scheduler was {run.get("schedulers") or f"{len(states)} schedulers"} and is {kinds}']
-    changes = []
-    for kind, scheduler, was in zip(kinds, schedulers, states, strict=True):
-        now = scheduler.state_dict()
-        for name in now.keys() & was.keys() - POSITION:
-            if not _same(now[name], was[name]):
-                changes.append(f'{kind}.{name} was {was[name]} and is {now[name]}')
-    return sorted(changes)
-
-
-def replay(schedulers: Iterable, states: list, iteration: int, epoch: int, loader: Any) -> None:
-    """Step schedulers that are at their beginning to an iteration, in the order in which a run steps them.
-
-    Args:
-        schedulers: those of the config; one that follows a metric takes its state from the checkpoint.
-        states: states of the checkpoint's schedulers.
-        iteration: iterations that are over.
-        epoch: epochs that are over.
-        loader: the training data, for the length of an epoch.
-    """
-    steady = [scheduler for scheduler in schedulers if not getattr(scheduler, 'need_val_args', False)]
-    for scheduler, state in zip(schedulers, states, strict=False):
-        if scheduler not in steady and 'num_bad_epochs' in state:
-            scheduler.load_state_dict({name: state[name] for name in state.keys() & POSITION})
-    by_iteration = [scheduler for scheduler in steady if not scheduler.by_epoch]
-    by_epoch = [scheduler for scheduler in steady if scheduler.by_epoch]
-    length = len(loader) if epoch else math.inf
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # a step of the scheduler without one of the optimiser
-        for now in range(1, iteration + 1):
-            for scheduler in by_iteration:
-                scheduler.step()
-            if now % length == 0 and now // length <= epoch:
-                for scheduler in by_epoch:
-                    scheduler.step()
 
 
 def _restore_gradients(runner: Runner, run: Mapping[str, Any]) -> None:

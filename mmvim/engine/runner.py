@@ -8,11 +8,11 @@ from mmengine.device import get_device
 from mmengine.dist import is_distributed
 from mmengine.hooks import LoggerHook
 from mmengine.model import MMDistributedDataParallel, revert_sync_batchnorm
+from mmengine.runner import EpochBasedTrainLoop
 from mmengine.runner import Runner as _Runner
 from torch import nn
 from torch.utils.data import DataLoader
 
-from mmvim.compat.types import kind_of
 from mmvim.config.completion import complete_config
 from mmvim.config.data import NUMPY_MESSAGE, check_data_root, check_one_metainfo, explain_empty, parts
 from mmvim.config.files import config_files, follow_validation
@@ -23,10 +23,11 @@ from mmvim.engine.resuming import resume_run, settle
 from mmvim.errors import ConfigError, DataError
 from mmvim.registry import RUNNERS
 
-HOOKS = (
+OWN_HOOKS = (
     'ClassCountHook', 'ClassLabelHook', 'LabelMapHook', 'CheckpointFitHook', 'FiniteHook', 'LoopHook', 'BatchNormHook',
     'RandomStateHook', 'ResumeHook', 'DigestHook',
 )  # fmt: skip
+MMENGINES = ('EpochBasedTrainLoop', 'mmengine.EpochBasedTrainLoop', EpochBasedTrainLoop)
 
 
 @RUNNERS.register_module()
@@ -81,7 +82,7 @@ class Runner(_Runner):
         """Register the config's hooks and those of every run."""
         super().register_hooks(default_hooks, custom_hooks)
         there = {type(hook).__name__ for hook in self.hooks}  # set by the config
-        for name in (name for name in HOOKS if name not in there):
+        for name in (name for name in OWN_HOOKS if name not in there):
             self.register_hook(dict(type=f'mmvim.{name}'))
 
     @staticmethod
@@ -109,9 +110,9 @@ class Runner(_Runner):
     def build_train_loop(self, loop):
         """Build the loop of a training, whose random numbers depend on the seed and the position in the run alone."""
         if isinstance(loop, dict):
-            name = kind_of(loop) or ('EpochBasedTrainLoop' if loop.get('by_epoch') else '')
-            if name == 'EpochBasedTrainLoop':
-                loop = {**{k: v for k, v in loop.items() if k != 'by_epoch'}, 'type': 'mmvim.EpochBasedTrainLoop'}
+            rest = {key: value for key, value in loop.items() if key not in ('type', 'by_epoch')}
+            if loop.get('type') in MMENGINES and 'by_epoch' not in loop or loop == {**rest, 'by_epoch': True}:
+                loop = dict(rest, type='mmvim.EpochBasedTrainLoop')
         loop = super().build_train_loop(loop)
         make_resumable(loop, self.seed)
         return loop

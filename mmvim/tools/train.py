@@ -1,12 +1,12 @@
 """What `tools/train.py` does."""
 
 import argparse
-from pathlib import Path
 
 from mmengine.config import Config
 from mmengine.registry import RUNNERS
 
 from mmvim.compat.types import kind_of
+from mmvim.engine.resume_choice import checkpoints_in
 from mmvim.errors import ConfigError
 from mmvim.tools.command_line import load_config, run_parser
 
@@ -56,7 +56,7 @@ def _use_amp(cfg: Config, dtype: str) -> None:
 
 
 def _protect(work_dir: str) -> None:
-    saved = sorted(Path(work_dir).glob('*.pth'), key=lambda file: file.stat().st_mtime)
+    saved = sorted(checkpoints_in(work_dir), key=lambda file: file.lstat().st_mtime)
     if saved:
         raise ConfigError(
             f"work directory '{work_dir}' already holds checkpoints ({saved[-1].name}): continue with --resume, or "

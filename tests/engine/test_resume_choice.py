@@ -8,6 +8,7 @@ import torch
 
 from mmvim.engine.resume_choice import check_intact, check_resumable, newest_checkpoint
 from mmvim.errors import CheckpointError
+from mmvim.tools.command_line import find_checkpoint
 
 
 def save(path, iteration, epoch=0, **changes):
@@ -57,6 +58,10 @@ DAMAGE = dict(
     other_meta=lambda path: save(path, 1000, meta='x'),
     text_for_iteration=lambda path: save(path, 1000, meta=dict(iter='1000', epoch=0)),
     list_for_optimiser=lambda path: save(path, 1000, optimizer=[]),
+    text_for_seed=lambda path: save(path, 1000, meta=dict(iter=1000, epoch=0, seed='x')),
+    list_for_message_hub=lambda path: save(path, 1000, message_hub=[]),
+    numbers_for_groups=lambda path: save(path, 1000, optimizer=dict(state={}, param_groups=[1])),
+    numbers_for_schedulers=lambda path: save(path, 1000, param_schedulers=[1]),
     dangling_link=lambda path: (path.unlink(), path.symlink_to('gone')),
 )
 
@@ -133,3 +138,13 @@ def test_what_does_not_say_how_new_it_is_is_named(tmp_path):
     save(tmp_path / 'a.pth', 0, meta=dict(iter='x'))
     name, (line,) = newest(tmp_path)
     assert name == 'iter_200.pth' and 'a.pth' in line
+
+
+def test_a_test_takes_the_newest_of_a_moved_work_directory(tmp_path, capsys):
+    for iteration in (200, 400, 1000):
+        save(tmp_path / f'iter_{iteration}.pth', iteration, optimizer=None)
+    (tmp_path / 'last_checkpoint').write_text('/gone/iter_1000.pth')
+    assert find_checkpoint(str(tmp_path)) == str(tmp_path / 'iter_1000.pth')
+    truncate(tmp_path / 'iter_1000.pth')
+    assert find_checkpoint(str(tmp_path)) == str(tmp_path / 'iter_400.pth')
+    assert 'iter_1000.pth' in capsys.readouterr().err

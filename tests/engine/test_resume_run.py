@@ -17,7 +17,7 @@ RUNS = {
     'iterations, 2 workers': dict(end=8, workers=2),
     'infinite, 1 worker': dict(sampler=INFINITE, workers=1),
     'epochs': dict(by_epoch=True, end=3, interval=(1, True)),
-    'within an epoch, 1 worker': dict(by_epoch=True, end=2, interval=3, workers=1),
+    'within an epoch, 1 worker': dict(by_epoch=True, end=2, interval=4, workers=1),
     'accumulation': dict(accumulate=3, end=8, sampler=INFINITE),
     'batches of one shape': dict(
         sampler=dict(**INFINITE, batch_sampler=dict(type='mmdet.AspectRatioBatchSampler')), workers=1
@@ -33,7 +33,7 @@ RUNS = {
         sampler=dict(sampler=dict(type='mmpretrain.RepeatAugSampler')), by_epoch=True, end=2, interval=(1, True)
     ),
 }
-FAST = ('infinite, 1 worker', 'within an epoch, 1 worker')
+FAST = ('within an epoch, 1 worker',)
 
 
 def checkpoints(folder):
@@ -60,6 +60,38 @@ def test_the_number_of_workers_changes_nothing(tmp_path, small_run):
     for workers in (0, 2):
         small_run.train(tmp_path / str(workers), workers=workers, end=4, seed=3, sampler=INFINITE)
     assert small_run.differences(tmp_path / '0' / 'iter_4.pth', tmp_path / '2' / 'iter_4.pth') == []
+
+
+def best(**more):
+    return dict(checkpoint=dict(type='CheckpointHook', interval=2, by_epoch=False, save_best='acc', **more))
+
+
+STOPPING = [
+    dict(type='EMAHook'),
+    dict(type='EarlyStoppingHook', monitor='acc', rule='greater', min_delta=9, patience=2),
+]
+
+
+@pytest.mark.parametrize(
+    'settings',
+    [
+        dict(end=4),
+        pytest.param(dict(default_hooks=best(rule='less')), marks=slow),
+        pytest.param(dict(custom_hooks=STOPPING, end=12), marks=slow),
+        pytest.param(dict(custom_hooks=STOPPING, end=12, default_hooks=best()), marks=slow),
+    ],
+    ids=['plain', 'best', 'early stopping', 'early stopping, best'],
+)
+def test_a_resumed_run_validates_what_the_unbroken_run_does(tmp_path, small_run, settings):
+    """Also where the run was killed after saving and before or while validating."""
+    settings = dict(dict(end=6, sampler=INFINITE, seed=1), **settings)
+    whole = small_run.train(tmp_path / 'whole', **settings)
+    (tmp_path / 'work').mkdir()
+    shutil.copy(tmp_path / 'whole' / 'iter_2.pth', tmp_path / 'work')
+    resumed = small_run.train(tmp_path / 'work', **settings, resume='auto')
+    assert resumed.iter == whole.iter
+    ours, theirs = (run.message_hub.get_scalar('val/acc').data[0].tolist() for run in (resumed, whole))
+    assert ours == theirs
 
 
 @pytest.fixture(scope='module')
@@ -146,7 +178,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize('given', ['auto', 'file'])
+@pytest.mark.parametrize('given', [pytest.param('auto', marks=slow), 'file'])
 @pytest.mark.parametrize('kind', REFUSED)
 def test_a_checkpoint_of_another_kind_is_refused_in_one_line(resume, tmp_path, kind, given):
     change, settings, message = REFUSED[kind]

@@ -38,12 +38,11 @@ def test_checkpoints_know_their_classes_and_positions(trained):
     assert checkpoint['meta']['iter'] == 4
 
 
-def test_a_resumed_run_goes_on_at_its_iteration_and_learning_rate(run_tool, trained, tmp_path):
-    """Its boxes are sampled at random; a run without chance is in tests/engine/test_resume.py, weights and all."""
+def test_a_resumed_run_is_the_unbroken_run(run_tool, trained, tmp_path):
+    """With flips, stochastic depth and boxes sampled at random."""
     folder, _ = trained
     (tmp_path / 'work').mkdir()
     shutil.copy(folder / 'work' / 'iter_2.pth', tmp_path / 'work')
-    (tmp_path / 'work' / 'last_checkpoint').write_text(str(tmp_path / 'work' / 'iter_2.pth'))
     finished = run_tool('train', 'tiny.py', '--work-dir', tmp_path / 'work', '--resume', cwd=folder)
     assert finished.returncode == 0, finished.stderr
     assert [step.split('[')[1][0] for step in lines(finished.stdout, 'Iter(train) [')] == ['3', '4']
@@ -53,6 +52,9 @@ def test_a_resumed_run_goes_on_at_its_iteration_and_learning_rate(run_tool, trai
     assert first['param_schedulers'] == second['param_schedulers']
     assert {state['step'].item() for state in second['optimizer']['state'].values()} == {4}
     assert first['state_dict'].keys() == second['state_dict'].keys()
+    assert [
+        name for name, value in first['state_dict'].items() if not torch.equal(value, second['state_dict'][name])
+    ] == []
     start = torch.load(folder / 'work' / 'iter_2.pth', weights_only=False)['state_dict']
     name = 'backbone.layers.0.mixer.in_proj.weight'
     assert not torch.equal(start[name], second['state_dict'][name])
@@ -128,3 +130,19 @@ def test_shell_scripts_explain_themselves(script):
     finished = subprocess.run([tools / script], capture_output=True, text=True)
     assert finished.returncode == 2
     assert finished.stderr.startswith('usage: ')
+
+
+@pytest.mark.slow
+def test_several_processes_resume_as_one_does(run_tool, tiny_folder, tmp_path):
+    arguments = ('--launcher', 'pytorch', '--device', 'cpu')
+    finished = run_tool('train', 'tiny.py', '--work-dir', tmp_path / 'whole', *arguments, cwd=tiny_folder, processes=2)
+    assert finished.returncode == 0, finished.stderr
+    (tmp_path / 'work').mkdir()
+    shutil.copy(tmp_path / 'whole' / 'iter_2.pth', tmp_path / 'work')
+    resume = ('--work-dir', tmp_path / 'work', '--resume', *arguments)
+    finished = run_tool('train', 'tiny.py', *resume, cwd=tiny_folder, processes=2)
+    assert finished.returncode == 0, finished.stderr
+    first, second = (torch.load(tmp_path / run / 'iter_4.pth', weights_only=False) for run in ('whole', 'work'))
+    assert all(torch.equal(value, second['state_dict'][name]) for name, value in first['state_dict'].items())
+    finished = run_tool('train', 'tiny.py', *resume[:3], cwd=tiny_folder)
+    assert 'processes was 2 and is 1 now' in finished.stdout
