@@ -125,6 +125,9 @@ def test_padding_is_a_value_that_the_heads_know(folder, error):
 
 
 def test_validation_and_tests_refuse_a_value_that_the_metric_would_pass_over(folder, error):
+    train()
+    (checkpoint,) = (folder / 'work').glob('*.pth')
+    checkpoint.rename('saved.pth')
     mark(folder, 'val', 7)
     expected = "'data/annotations/val/1.png' has the value 7, but {} (IoUMetric) has num_classes=3 and ignore_index=255"
     assert expected.format('val_evaluator') in error(train)
@@ -132,8 +135,6 @@ def test_validation_and_tests_refuse_a_value_that_the_metric_would_pass_over(fol
     def test(*arguments):
         command_line.run(test_tool, ['c.py', 'saved.pth', '--work-dir', 'work', *arguments])
 
-    (checkpoint,) = (folder / 'work').glob('*.pth')
-    checkpoint.rename('saved.pth')
     assert expected.format('test_evaluator') in error(test)
     assert expected.format('test_evaluator') in error(test, '--tta')
     test('--cfg-options', 'test_evaluator.format_only=True', 'test_evaluator.output_dir=maps')
