@@ -3,7 +3,7 @@ _base_ = 'mmpretrain::_base_/default_runtime.py'
 runner_type = 'mmvim.Runner'
 
 default_hooks = dict(
-    logger=dict(type='LoggerHook', interval=10, log_metric_by_epoch=False),
-    checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=1000),
+    logger=dict(interval=10, log_metric_by_epoch=False),
+    checkpoint=dict(by_epoch=False, interval=1000),
 )
 log_processor = dict(by_epoch=False)

@@ -60,8 +60,12 @@ def label_map_datasets(dataset: Any) -> list:
     return [
         part
         for part in plain_datasets(dataset)
-        if hasattr(part, 'seg_map_suffix') and _step(part, 'LoadAnnotations') and not part.backend_args
+        if hasattr(part, 'seg_map_suffix') and _step(part, 'LoadAnnotations') and _is_local(part.backend_args)
     ]
+
+
+def _is_local(backend_args: dict | None) -> bool:
+    return (backend_args or {}).get('backend', 'local') in ('local', 'disk')
 
 
 def _step(dataset: Any, name: str) -> Any:

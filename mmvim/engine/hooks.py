@@ -34,7 +34,12 @@ class ClassCountHook(Hook):
                     'other annotations'
                 )
 
-    before_train = partialmethod(check, key='train_dataloader')
+    def before_train(self, runner: Runner) -> None:
+        """Compare the heads with the training and the validation data, rather than wait for the first validation."""
+        self.check(runner, 'train_dataloader')
+        if runner.val_loop is not None:
+            self.check(runner, 'val_dataloader')
+
     before_val = partialmethod(check, key='val_dataloader')
     before_test = partialmethod(check, key='test_dataloader')
 

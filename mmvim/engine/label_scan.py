@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mmvim.datasets.image_files import Header, in_time
+from mmvim.datasets.pipelines import plain_datasets
 from mmvim.datasets.segmentation import (
     TRANSPOSED,
     Pair,
@@ -90,6 +91,9 @@ def scan(dataset: Any, loader: str, accepted: Sequence[Legal], logger: logging.L
         DataError: for files that cannot be used, and if training data has no labelled pixel.
     """
     parts = label_map_datasets(dataset)
+    others = sum(hasattr(part, 'seg_map_suffix') for part in plain_datasets(dataset)) - len(parts)
+    if others:
+        logger.info(f'{loader}: {others} data sets are not looked through before the run')
     if not parts:
         return
     start = time.monotonic()
@@ -158,9 +162,9 @@ def _check_classes(
     read = f'the {total} label maps' if len(values) == total else f'the {len(values)} label maps read (of {total})'
     found = ', '.join(f'{value} ({count / raw.total():.1%})' for value, count in raw.most_common(8))
     training = loader == 'train_dataloader'
-    remedy = f'labels are 0 to {legal.num_classes - 1}, {legal.ignore_index} is ignored' + (
-        ' and 0 too (reduce_zero_label)' if getattr(dataset, 'reduce_zero_label', False) else ''
-    )
+    remedy = f'labels are 0 to {legal.num_classes - 1}, {legal.ignore_index} is ignored'
+    if (getattr(dataset, 'metainfo', None) or {}).get('reduce_zero_label'):
+        remedy = f'labels are 1 to {legal.num_classes}, 0 and {legal.ignore_index} are ignored (reduce_zero_label)'
     if len(absent) == legal.num_classes:
         message = f'every pixel of {read} of {loader} is ignored; values in the files: {found}; {remedy}'
         if training and len(values) == total:
@@ -170,6 +174,8 @@ def _check_classes(
     effect = 'cannot be learnt' if training else 'will be missing from the metrics'
     if training and len(absent) == legal.num_classes - 1 > 0:
         effect = 'cannot be learnt, and the model will answer the only other one everywhere'
+    if len(values) < total:
+        effect = effect.replace('cannot be', 'may not be').replace('will', 'may')
     logger.warning(
         f'{loader}: {len(absent)} of {legal.num_classes} classes {effect}, as {read} have no pixel of them: '
         f'{", ".join(absent[:10])}{", ..." if absent[10:] else ""}; values in the files: {found}; {remedy}'

@@ -38,8 +38,10 @@ class Runner(_Runner):
 
     - fills in what follows from the data (:func:`mmvim.config.completion.complete_config`),
     - refuses a config file with a key that nothing reads (:mod:`mmvim.config.unread`),
+    - refuses heads, labels and label maps that do not fit the classes, and checkpoints that do not fit the model,
+    - looks through images and label maps of a segmentation data set before it uses them,
+    - names the sample in an error of a data set's pipeline,
     - notes a digest in every checkpoint,
-    - refuses heads and label maps that do not fit the classes, and checkpoints that do not fit the model,
     - resumes from the newest checkpoint of the work directory that can be read, as if it had not been interrupted,
     - trains in one or several processes on a CPU, with SyncBN turned into BatchNorm there,
     - logs the progress of a test at least ten times.

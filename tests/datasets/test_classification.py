@@ -11,6 +11,7 @@ from PIL import Image
 from mmvim.config.completion import complete_config
 from mmvim.config.reading import read_config
 from mmvim.datasets.classification import ClassFolderDataset
+from mmvim.engine.class_labels import check_labels
 from mmvim.errors import InputError
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (24, 32, 3)).astype(np.uint8)
@@ -125,6 +126,13 @@ def test_indices_are_those_of_the_given_classes_though_some_are_missing(folder, 
         ('cat/0.png', 2), ('cat/1.png', 2), ('dog/0.png', 1), ('dog/1.png', 1)
     }  # fmt: skip
     assert any('no image of ant, emu' in line and 'missing from the metrics' in line for line in said)
+
+
+def test_a_label_beyond_the_head_is_named(folder):
+    dataset = ClassFolderDataset(data_root=str(folder / 'train'), pipeline=PIPELINE)
+    check_labels(dataset, 'train_dataloader', 2)
+    with pytest.raises(InputError, match=r"train_dataloader: image '.*dog/0.png' has the label 1, but .*num_classes=1"):
+        check_labels(dataset, 'train_dataloader', 1)
 
 
 def test_only_some_classes(folder, said):

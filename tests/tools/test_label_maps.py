@@ -5,10 +5,13 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmseg.evaluation import IoUMetric
+from mmseg.models import FCNHead
 
+from mmvim.engine.label_maps import check_outputs
 from mmvim.engine.runner import Runner
 from mmvim.errors import ConfigError
 from mmvim.tools import command_line
@@ -125,6 +128,9 @@ def test_padding_is_a_value_that_the_heads_know(folder, error):
 
 
 def test_validation_and_tests_refuse_a_value_that_the_metric_would_pass_over(folder, error):
+    train()
+    (checkpoint,) = (folder / 'work').glob('*.pth')
+    checkpoint.rename('saved.pth')
     mark(folder, 'val', 7)
     expected = "'data/annotations/val/1.png' has the value 7, but {} (IoUMetric) has num_classes=3 and ignore_index=255"
     assert expected.format('val_evaluator') in error(train)
@@ -132,8 +138,6 @@ def test_validation_and_tests_refuse_a_value_that_the_metric_would_pass_over(fol
     def test(*arguments):
         command_line.run(test_tool, ['c.py', 'saved.pth', '--work-dir', 'work', *arguments])
 
-    (checkpoint,) = (folder / 'work').glob('*.pth')
-    checkpoint.rename('saved.pth')
     assert expected.format('test_evaluator') in error(test)
     assert expected.format('test_evaluator') in error(test, '--tta')
     test('--cfg-options', 'test_evaluator.format_only=True', 'test_evaluator.output_dir=maps')
@@ -198,7 +202,24 @@ def test_validation_files_are_looked_through_before_training(folder, error):
     assert not list((folder / 'work').glob('*.pth'))
 
 
-def test_a_softmax_over_one_output_learns_nothing(folder, error):
-    one = ['model.decode_head.num_classes=2', 'model.decode_head.out_channels=1']
-    line = error(train, *one, "train_dataloader.dataset.metainfo.classes=['a','b']")
-    assert 'nothing can be learnt: model.decode_head has one output' in line or 'has 3 classes' in line
+SOFTMAX, SIGMOID = (dict(type='CrossEntropyLoss', use_sigmoid=on, avg_non_ignore=True) for on in (False, True))
+
+
+@pytest.mark.parametrize(
+    'outputs, losses, learns',
+    [
+        (dict(num_classes=2), SOFTMAX, True),
+        (dict(num_classes=2, out_channels=1), SIGMOID, True),
+        (dict(num_classes=2, out_channels=1), dict(type='DiceLoss'), True),
+        (dict(num_classes=2, out_channels=1), SOFTMAX, False),
+        (dict(num_classes=1), SOFTMAX, False),
+        (dict(num_classes=1), [dict(type='DiceLoss'), dict(SOFTMAX, loss_name='loss_b')], False),
+    ],
+)
+def test_a_softmax_over_one_output_learns_nothing(outputs, losses, learns):
+    model = torch.nn.Module()
+    model.decode_head = FCNHead(in_channels=4, channels=4, num_convs=1, loss_decode=losses, **outputs)
+    if learns:
+        return check_outputs(model)
+    with pytest.raises(ConfigError, match=r'nothing can be learnt: model.decode_head has one output .* as a class too'):
+        check_outputs(model)
