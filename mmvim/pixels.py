@@ -13,7 +13,7 @@ _warned: set[tuple[str, str]] = set()
 
 def warn_once(path: str, text: str) -> None:
     """Warn once for each folder and kind; a fault of one image is mostly that of all."""
-    key = (os.path.dirname(path), text.split()[0])
+    key = (os.path.dirname(path), text[:12])
     if key not in _warned:
         _warned.add(key)
         print_log(f"image '{path}' {text}; other images of this folder are not named", 'current', 30)
@@ -59,17 +59,21 @@ def scale_values(
 def three_channels(array: np.ndarray) -> np.ndarray:
     """An array (H, W), (H, W, 1) or (H, W, 4) as (H, W, 3), as files are read: grey repeated, opacity left out.
 
+    Arrays of other numbers of channels are left to models that take them.
+
     Raises:
-        DataError: if it has another shape.
+        DataError: if it is no image of height, width and channels.
     """
     if array.ndim == 2:
         array = array[..., None]
-    if array.ndim != 3 or array.shape[2] not in (1, 3, 4) or not array.size:
+    if array.ndim != 3 or not array.size or (array.shape[0] in (1, 3) and array.shape[2] > 4):
         raise DataError(
             f'an array of shape {array.shape} is no image: pass (height, width), or (height, width, channels) with 1, '
             '3 or 4 channels, blue first'
         )
-    return np.repeat(array, 3, 2) if array.shape[2] == 1 else array[..., :3]
+    if array.shape[2] == 4:
+        warn_once('array', "has a fourth channel, which is left out; color_type='unchanged' in its loader keeps it")
+    return {1: np.repeat(array, 3, 2), 4: array[..., :3]}.get(array.shape[2], array)
 
 
 def image_of_array(array: np.ndarray, value_range: Range | None = None) -> np.ndarray:
@@ -79,17 +83,18 @@ def image_of_array(array: np.ndarray, value_range: Range | None = None) -> np.nd
         DataError: if its shape or values are not those of an image.
     """
     array = three_channels(array)
-    if array.dtype.kind not in 'uif':
-        raise DataError(f'an array of type {array.dtype} is no image: pass numbers from 0 to 255')
-    if value_range is None and array.dtype.kind in 'iu' and array.dtype != np.uint16:
-        if array.min() < 0 or array.max() > 255:
-            raise DataError(f'an array of type {array.dtype} has values {array.min()} to {array.max()}: pass 0 to 255')
-        return array.astype(np.uint8)
-    if value_range is None and array.dtype.kind == 'f':
-        if not (np.isfinite(array).all() and array.min() >= 0 and (array.max() > 1 or array.max() == 0)):
-            raise DataError(
-                f'an array of type {array.dtype} has values from {array.min()} to {array.max()}: pass 0 to 255, '
-                'multiplied by 255 if 1 is white'
-            )
+    kind, found = array.dtype.kind, ''
+    if kind in 'uif':
+        found = f' with values {array.min()} to {array.max()}'
+    if kind not in 'uif' or not np.isfinite(array).all():
+        raise DataError(f'an array of type {array.dtype}{found} is no image: pass numbers from 0 to 255')
+    if value_range is not None or array.dtype == np.uint16:
+        return scale_values(array, 'array', value_range)
+    in_range = array.min() >= 0 and array.max() <= 255
+    if kind == 'f':  # a model may be meant for other values
+        if not in_range or 0 < array.max() <= 1:
+            warn_once('array', f'has values of type {array.dtype}{found}: models for files expect 0 to 255')
         return array.astype(np.float32)
-    return scale_values(array, 'of an array', value_range)
+    if not in_range:
+        raise DataError(f'an array of type {array.dtype}{found} is no image: pass numbers from 0 to 255')
+    return array.astype(np.uint8)

@@ -38,7 +38,9 @@ def _change_loaders(host: ModuleType) -> None:
     def new_transform(self, results: dict) -> dict:
         from mmvim.pixels import image_of_array
 
-        return transform(self, {**results, 'img': image_of_array(results['img'], self.value_range)})
+        if self.color_type.startswith('color'):  # others are for models of other numbers of channels
+            results = {**results, 'img': image_of_array(results['img'], self.value_range)}
+        return transform(self, results)
 
     def new_init_of_inferencer(self, value_range=None, **kwargs) -> None:
         init_of_inferencer(self, **kwargs)
@@ -59,6 +61,9 @@ def _change_inferencer(host: ModuleType) -> None:
         """The host's, with arrays as images: pictures are drawn on them too."""
         from mmvim.pixels import image_of_array, three_channels
 
+        mean = getattr(getattr(self.model, 'data_preprocessor', None), 'mean', None)
+        if mean is None or len(mean) != 3:  # for other numbers of channels
+            return to_list(self, inputs, *args, **kwargs)
         # MMPretrain's has no loader that would see to the values
         convert = image_of_array if host.__name__.startswith('mmpretrain') else three_channels
         listed = to_list(self, inputs, *args, **kwargs)

@@ -174,7 +174,10 @@ class _Completion:
         """Names and number of the classes of COCO folders, which are those of all files to train on if not given."""
         stated = next((dataset['metainfo']['classes'] for dataset in self.folders if _has_classes(dataset)), None)
         chosen, open_ones = classes or _names(stated), [one for one in self.folders if not _has_classes(one)]
-        found = _classes_of(self._folders_to_read(), needed=not chosen) if open_ones else ()
+        trained_on = [part for part in self.datasets.get('train', []) if part in self.folders and _is_there(part)]
+        # without them, as where a model is tested, given names cannot be checked
+        sources = trained_on or ([] if chosen else self._first_there())
+        found = _classes_of(sources) if open_ones else ()
         unknown = [name for name in chosen if found and name not in found]
         if unknown:
             raise ConfigError(
@@ -186,10 +189,10 @@ class _Completion:
         for dataset in open_ones if left_out else ():
             dataset['metainfo']['left_out'] = left_out
 
-    def _folders_to_read(self) -> list[dict]:
-        """COCO folders of the first split, training before validation, with an annotation file that is there."""
-        splits = [[part for part in parts if part in self.folders] for parts in self.datasets.values()]
-        return next((split for split in splits if any(map(_is_there, split))), self.folders)
+    def _first_there(self) -> list[dict]:
+        """COCO folders of the first split of which an annotation file is there; all if none is."""
+        splits = [[part for part in split if part in self.folders] for split in self.datasets.values()]
+        return next(filter(None, ([part for part in split if _is_there(part)] for split in splits)), self.folders)
 
     def _fill_classes(self, datasets: list[dict], classes: tuple[str, ...], source: str) -> None:
         given = self.cfg.get('num_classes')
@@ -297,7 +300,6 @@ def _is_there(dataset: dict) -> bool:
     return os.path.isfile(_path_of(dataset))
 
 
-def _classes_of(datasets: list[dict], needed: bool) -> tuple[str, ...]:
-    """Class names of the annotation files that are there; if none is and they are needed, the first one's error."""
-    there = [dataset for dataset in datasets if _is_there(dataset)] or datasets[:needed]
-    return tuple(dict.fromkeys(name for dataset in there for name in read_class_names(_path_of(dataset))))
+def _classes_of(datasets: list[dict]) -> tuple[str, ...]:
+    """Class names of annotation files, each once."""
+    return tuple(dict.fromkeys(name for dataset in datasets for name in read_class_names(_path_of(dataset))))

@@ -159,6 +159,11 @@ def test_only_unknown_names_are_refused(load_config, folder, classes):
         complete(load_config, folder, source('two', PACK), classes=classes)
 
 
+def test_given_names_stand_where_there_is_no_file_to_train_on(load_config, folder):
+    cfg = load_config(FOLDER, data_root=str(folder), train_ann='gone.json', val_ann='one.json', classes=['fig', 'x'])
+    assert cfg.val_dataloader.dataset.metainfo == dict(classes=('fig', 'x'))
+
+
 def test_numbers_name_classes_too(load_config, folder):
     path = folder / 'one.json'
     path.write_text(path.read_text().replace('"fig"', '1').replace('"date"', '2'))
