@@ -7,6 +7,7 @@ from mmengine.registry import root
 
 from mmvim.compat import explain_transformers
 from mmvim.errors import InputError
+from mmvim.tools.system_errors import explain_system
 
 
 def explain(error: Exception) -> str | None:
@@ -15,6 +16,9 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, InputError):
         # A data loader's worker puts the whole stack trace into the message.
         return text.rstrip().rsplit(f'{type(error).__name__}: ', 1)[-1] if 'Traceback' in text else text
+    of_system = explain_system(error)
+    if of_system:
+        return of_system
     if isinstance(error, FileExistsError | FileNotFoundError | PermissionError | IsADirectoryError):
         return f"{error.strerror}: '{error.filename}'; check the paths in the config" if error.filename else text
     if type(error).__name__ == 'OutOfMemoryError':
