@@ -13,6 +13,7 @@ from torch import nn
 from mmvim.config.completion import complete_config
 from mmvim.config.data import NUMPY_MESSAGE, check_data_root, dataset_of, explain_empty
 from mmvim.config.files import config_files, follow_validation
+from mmvim.config.loops import check_length
 from mmvim.config.unread import check_read, runner_keys
 from mmvim.errors import ConfigError, DataError
 from mmvim.registry import RUNNERS
@@ -29,6 +30,7 @@ class Runner(_Runner):
     - fills in what follows from the data (:func:`mmvim.config.completion.complete_config`),
     - refuses a config file with a key that nothing reads (:mod:`mmvim.config.unread`),
     - refuses heads and label maps that do not fit the classes, and checkpoints that do not fit the model,
+    - stops when a loss, gradient or weight is not finite, and refuses a run that would not end or save nothing,
     - trains in one or several processes on a CPU, with SyncBN turned into BatchNorm there,
     - logs the progress of a test at least ten times.
 
@@ -48,6 +50,7 @@ class Runner(_Runner):
         files = config_files(getattr(cfg, 'filename', None))
         follow_validation(cfg, files)
         check_read(cfg, files, complete_config(cfg) | runner_keys(cfg))
+        check_length(cfg.get('train_cfg'))
         return super().from_cfg(cfg)
 
     def setup_env(self, env_cfg: dict) -> None:

@@ -29,6 +29,10 @@ class Record(Hook):
         with open(f'{runner.work_dir}/pid_{get_rank()}', 'w') as file:
             file.write(str(os.getpid()))
 
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        if os.environ.get('BREAK') == f'{get_rank()} {runner.iter}':
+            next(runner.model.parameters()).data.fill_(float('nan'))
+
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
         self.losses.append({name: float(value) for name, value in outputs.items()})
         with open(f'{runner.work_dir}/losses_{get_rank()}.json', 'w') as file:
@@ -142,3 +146,21 @@ def test_a_killed_process_ends_the_job_with_one_line(start, killed):
     (line,) = [line for line in output.splitlines() if line.startswith('error')]
     assert line.startswith(f'error (process {1 - killed}): the connection to another process of this run has broken')
     assert 'Traceback' not in output.split('error (process')[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('clip', ['None', 'dict(max_norm=1.0)'])
+@pytest.mark.parametrize('broken', [0, 1])
+def test_a_loss_of_one_process_stops_all(start, monkeypatch, broken, clip):
+    """The launcher ends the others as soon as one has ended, perhaps before they can say why."""
+    monkeypatch.setenv('BREAK', f'{broken} 2')
+    process, work = start(2, 'default_hooks.checkpoint.interval=1', f'optim_wrapper.clip_grad={clip}')
+    output, _ = process.communicate(timeout=500)
+    lines = [line for line in output.splitlines() if line.startswith('error')]
+    assert 1 <= len(lines) <= 2 and 'Traceback' not in output.split('error')[0]
+    for line in lines:
+        assert 'loss is nan, ' in line and ' in iteration 3 (images data/' in line
+        assert line.startswith(
+            (f'error (process {broken}): ', f'error (process {1 - broken}): process {broken} stopped: ')
+        )
+    assert sorted(file.name for file in work.glob('*.pth')) == ['iter_1.pth', 'iter_2.pth']
