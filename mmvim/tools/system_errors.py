@@ -22,7 +22,9 @@ REMEDIES = {
     errno.ENOMEM: 'lower num_workers or batch_size of the data loaders',
 }
 UNWRITTEN = ('PytorchStreamWriter failed', 'unexpected pos ')  # what torch.save says of a full disk
-LOST = ('Connection reset by peer', 'Connection closed by peer', 'Broken pipe', 'remote process exited', 'NCCL', 'gloo')
+LOST = (
+    'Connection reset by peer', 'Connection closed by peer', 'Broken pipe', 'ncclRemoteError', 'operation to complete',
+)  # fmt: skip
 
 
 def explain_system(error: Exception) -> str | None:
