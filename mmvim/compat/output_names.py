@@ -7,7 +7,7 @@ import functools
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from itertools import count
+from itertools import chain, count
 from types import ModuleType
 from typing import Any
 
@@ -33,12 +33,16 @@ class OutputNames:
             name = os.path.basename(path)
             groups[(os.path.splitext(name)[0] if by_stem else name).casefold()].add(path)
         root = os.path.commonpath([os.path.dirname(path) for path in paths]) if paths else ''
-        for path in (path for group in groups.values() if len(group) > 1 for path in sorted(group)):
+        used = {name for name, group in groups.items() if len(group) == 1}
+        for path in sorted(path for group in groups.values() if len(group) > 1 for path in group):
             relative = os.path.relpath(path, root).replace(os.sep, '_')
             stem, suffix = os.path.splitext(relative)
             others = groups[os.path.splitext(os.path.basename(path))[0].casefold()] if by_stem else ()
             same = any(other != path and os.path.splitext(other)[0] == os.path.splitext(path)[0] for other in others)
-            self._stems[path] = relative if same else stem
+            choices = chain([relative if same else stem], (f'{stem}_{number}' for number in count(2)))
+            free = (choice for choice in choices if (choice if by_stem else choice + suffix).casefold() not in used)
+            self._stems[path] = next(free)
+            used.add((self._stems[path] if by_stem else self._stems[path] + suffix).casefold())
 
     def joined(self, name: str, path: str) -> str:
         """A name that contains the image's, with the stem that was announced in its place."""
@@ -111,13 +115,20 @@ def _apart(draw: Callable) -> Callable:
     def call(self, *args, **kwargs):
         samples = (sample for sample in (*args, *kwargs.values()) if hasattr(sample, 'metainfo_keys'))
         path = next((sample.get('img_path') for sample in samples), None)
-        if kwargs.get('out_file') is not None:
+        file = kwargs.get('out_file')
+        if file is not None and _is_named_after(str(file), path):
             kwargs['out_file'] = names_of(self).of(str(kwargs['out_file']), path)
-        elif path and args and isinstance(args[0], str):  # a backend makes the file's name of this one
+        elif file is None and path and args and isinstance(args[0], str):  # a backend makes the file's name of this one
             args = (names_of(self).joined(args[0], path), *args[1:])
         return draw(self, *args, **kwargs)
 
     return call
+
+
+def _is_named_after(file: str, path: str | None) -> bool:
+    """Whether a host made up a file's name; one that a user chose stays, even for two images."""
+    name = os.path.basename(file)
+    return os.path.splitext(name)[0].isdigit() if path is None else os.path.basename(path).split('.')[0] in name
 
 
 def _change_inferencer(host: ModuleType) -> None:

@@ -49,15 +49,15 @@ class FiniteHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         """Refuse weights that are not finite from the start, other than buffers such as masks of -inf."""
-        scaled = [bool(wrapper.loss_scaler.is_enabled()) for wrapper in _wrappers(runner) if _scaler(wrapper)]
-        skips = bool(scaled) and all(scaled)
+        self.scales = _scales(runner)
+        skips = len(self.scales) == len(_wrappers(runner))
         if self.allowed and not skips:
             raise ConfigError(
                 f'FiniteHook.allowed={self.allowed} is for loss scaling, which skips the step of a loss that is not '
                 "finite: use optim_wrapper.type='mmvim.AmpOptimWrapper' with dtype='float16', or leave it out"
             )
         self.limit = (SCALED if skips else UNSCALED) if self.allowed is None else self.allowed
-        self.row, self.scales, self.iteration = 0, _scales(runner), runner.iter
+        self.row, self.iteration = 0, runner.iter
         self.before: list[str] = []
         model = unwrapped(runner.model)
         self.ignored = set(_not_finite(model.named_buffers()))
@@ -73,8 +73,8 @@ class FiniteHook(Hook):
     ) -> None:
         """Look at the losses and gradients of an iteration, and at the weights if a checkpoint comes next."""
         self.iteration = runner.iter + 1
-        wrong = [f'{name} is {value}' for name, value in _losses(outputs) if not math.isfinite(value)]
-        wrong = wrong or self._wrong_gradients(runner)
+        losses = [f'{name} is {value}' for name, value in _losses(outputs) if not math.isfinite(value)]
+        wrong = losses or self._wrong_gradients(runner)
         self.row = self.row + 1 if wrong else 0
         text = None
         if self.row > self.limit:
@@ -84,7 +84,7 @@ class FiniteHook(Hook):
             )
         elif self._saves_iteration(runner):
             text = self._wrong_weights(runner.model)
-        stop_together(text)
+        stop_together(text, 2 if losses else 1)
         self.before = list(image_names(data_batch))
 
     def _images(self, runner: Runner, data_batch: object) -> str:
@@ -148,19 +148,24 @@ class FiniteHook(Hook):
         )
 
 
-def stop_together(text: str | None) -> None:
+def stop_together(text: str | None, weight: int = 1) -> None:
     """Raise if any process has a reason to stop, in all of them, which would otherwise wait for one another.
 
+    Args:
+        text: the reason of this process; None if it has none.
+        weight: how close the reason is to the cause: a loss of one process makes the gradients of all not finite.
+
     Raises:
-        RunError: with the reason of this process, or of the first one that has any.
+        RunError: with the reason of this process if none weighs more, or of the first one that weighs most.
     """
     if get_world_size() > 1:
-        flag = torch.tensor(float(text is not None))
-        all_reduce(flag, 'max')
-        if flag:
-            reasons = all_gather_object(text)
-            rank = next(rank for rank, reason in enumerate(reasons) if reason)
-            text = text or f'process {rank} stopped: {reasons[rank]}'
+        weight = weight if text else 0
+        most = torch.tensor(float(weight))
+        all_reduce(most, 'max')
+        if most:
+            reasons = all_gather_object((weight, text))
+            rank = next(rank for rank, reason in enumerate(reasons) if reason[0] == most)
+            text = text if weight == most else f'process {rank} stopped: {reasons[rank][1]}'
     if text is not None:
         raise RunError(text)
 
@@ -193,12 +198,9 @@ def _wrappers(runner: Runner) -> list[OptimWrapper]:
     return [wrapper] if isinstance(wrapper, OptimWrapper) else list(wrapper.values())
 
 
-def _scaler(wrapper: OptimWrapper) -> torch.amp.GradScaler | None:
-    return getattr(wrapper, 'loss_scaler', None)
-
-
 def _scales(runner: Runner) -> list[float]:
-    scalers = [_scaler(wrapper) for wrapper in _wrappers(runner)]
+    """Loss scales of the wrappers that have one."""
+    scalers = [getattr(wrapper, 'loss_scaler', None) for wrapper in _wrappers(runner)]
     return [scaler.get_scale() for scaler in scalers if scaler is not None and scaler.is_enabled()]
 
 

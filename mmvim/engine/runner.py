@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from mmvim.config.completion import complete_config
 from mmvim.config.data import NUMPY_MESSAGE, check_data_root, check_one_metainfo, explain_empty, parts
 from mmvim.config.files import config_files, follow_validation
+from mmvim.config.loops import check_length
 from mmvim.config.unread import check_read, runner_keys
 from mmvim.datasets.pipelines import name_samples
 from mmvim.engine.randomness import make_resumable
@@ -41,6 +42,7 @@ class Runner(_Runner):
     - refuses heads, labels and label maps that do not fit the classes, and checkpoints that do not fit the model,
     - looks through images and label maps of a segmentation data set before it uses them,
     - names the sample in an error of a data set's pipeline,
+    - stops when a loss, gradient or weight is not finite, and refuses a run that would not end or save nothing,
     - notes a digest in every checkpoint,
     - resumes from the newest checkpoint of the work directory that can be read, as if it had not been interrupted,
     - trains in one or several processes on a CPU, with SyncBN turned into BatchNorm there,
@@ -62,6 +64,7 @@ class Runner(_Runner):
         files = config_files(getattr(cfg, 'filename', None))
         follow_validation(cfg, files)
         check_read(cfg, files, complete_config(cfg) | runner_keys(cfg))
+        check_length(cfg.get('train_cfg'))
         return super().from_cfg(cfg)
 
     def setup_env(self, env_cfg: dict) -> None:

@@ -8,6 +8,7 @@ from mmengine.registry import root
 
 from mmvim.compat import explain_transformers
 from mmvim.errors import InputError, first_line
+from mmvim.tools.system_errors import explain_system
 
 WORKER = re.compile(r'Caught \w+ in .*\nOriginal Traceback')
 FRAME = re.compile(r'  File ".*", line \d+')
@@ -20,6 +21,9 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, InputError):
         # A data loader's worker puts the whole stack trace into the message.
         return text.rstrip().rsplit(f'{type(error).__name__}: ', 1)[-1] if in_worker else text
+    of_system = explain_system(error)
+    if of_system:
+        return of_system
     if in_worker and not _differs_in_size(text):
         return (
             f'loading data fails in a worker process ({_last_line(text)}): check the files and the pipeline; '

@@ -52,3 +52,15 @@ def test_names_are_the_images_unless_they_clash():
 def test_every_array_is_a_new_image():
     names = OutputNames()
     assert [names.of('out/0.png', None) for _ in range(3)] == ['out/0.png', 'out/0_2.png', 'out/0_3.png']
+
+
+def test_names_of_one_process_are_free_in_all():
+    """Each process of a test writes its own part of the images and knows nothing of the others."""
+    for by_stem in (False, True):
+        paths = ['a/1.png', 'b/1.png', 'a_1.png', 'b_1.png', 'c/a_1.png', 'a/1.jpg']
+        found = []
+        for path in paths:
+            names = OutputNames()
+            names.announce(paths, by_stem)
+            found.append(names.of('out/' + KINDS['label map' if by_stem else 'as the image'](path), path))
+        assert len(set(found)) == len(paths), found

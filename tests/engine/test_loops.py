@@ -3,13 +3,16 @@
 import numpy as np
 import pytest
 import torch
+from mmengine.config import Config
 from mmengine.dataset import InfiniteSampler
 from mmengine.hooks import ProfilerHook
 from mmengine.registry import DATA_SAMPLERS
 from tiny_training import EPOCHS, ITERATIONS, build, images, loader, validation
 from torch.utils.data import BatchSampler, ConcatDataset
 
+from mmvim.config.loops import check_length
 from mmvim.engine.loops import is_endless
+from mmvim.engine.runner import Runner
 from mmvim.errors import ConfigError
 
 
@@ -164,3 +167,28 @@ def test_schedules_and_checkpoints_may_count_iterations_in_epochs(tmp_path):
     schedule = dict(SCHEDULE, by_epoch=True, convert_to_iter_based=True, end=2)
     build(tmp_path, train_cfg=EPOCHS, checkpoint=dict(by_epoch=False, interval=3), param_scheduler=schedule).train()
     assert sorted(file.name for file in tmp_path.glob('*.pth')) == ['iter_3.pth', 'iter_4.pth']
+
+
+@pytest.mark.parametrize(
+    ('train_cfg', 'expected'),
+    [
+        (dict(type='IterBasedTrainLoop', max_epochs=2), r'^train_cfg.max_epochs=2 is not for IterBasedTrainLoop'),
+        (dict(type='EpochBasedTrainLoop', max_iters=2), r'^train_cfg.max_iters=2 is not for EpochBasedTrainLoop'),
+        (dict(by_epoch=True, max_iters=2), r'^train_cfg.max_iters=2 is not for EpochBasedTrainLoop'),
+        (dict(by_epoch=False, max_epochs=2), r'^train_cfg.max_epochs=2 is not for IterBasedTrainLoop'),
+        (dict(type='IterBasedTrainLoop', by_epoch=False, max_iters=2), "has both 'type' and 'by_epoch'"),
+        (dict(type='IterBasedTrainLoop'), 'train_cfg.max_iters must be a whole number of at least 1, got None'),
+        (dict(type='mmengine.EpochBasedTrainLoop', max_epochs=0), 'train_cfg.max_epochs must be .* got 0'),
+        (dict(max_epochs=2.5), 'train_cfg.max_epochs must be .* got 2.5'),
+    ],
+)
+def test_a_length_is_in_the_unit_of_its_loop(tmp_path, train_cfg, expected):
+    with pytest.raises(ConfigError, match=expected):
+        Runner.from_cfg(Config(dict(train_cfg=train_cfg, work_dir=str(tmp_path), model=dict())))
+
+
+@pytest.mark.parametrize(
+    'train_cfg', [None, {}, ITERATIONS, EPOCHS, dict(by_epoch=False, max_iters=3), dict(type='OwnLoop', max_x=0)]
+)
+def test_sound_lengths_and_loops_of_others_are_left_alone(train_cfg):
+    check_length(train_cfg)

@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import cv2
@@ -13,6 +15,7 @@ import pytest
 REPOSITORY = Path(__file__).parents[2]
 HOOKS = """
 import json
+import os
 
 from mmengine.dist import get_rank
 from mmengine.hooks import Hook
@@ -23,6 +26,12 @@ from mmengine.registry import HOOKS
 class Record(Hook):
     def before_run(self, runner):
         self.losses = []
+        with open(f'{runner.work_dir}/pid_{get_rank()}', 'w') as file:
+            file.write(str(os.getpid()))
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        if os.environ.get('BREAK') == f'{get_rank()} {runner.iter}':
+            next(runner.model.parameters()).data.fill_(float('nan'))
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
         self.losses.append({name: float(value) for name, value in outputs.items()})
@@ -111,3 +120,47 @@ def test_losses_are_those_of_one_process_with_the_same_total_batch(start, norm, 
     print(f'largest difference of the losses {differences.max():.2e}: {found[0]}')
     assert differences.max() < 1e-6
     assert len(set(found[0])) == 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('norm', ['BN', 'SyncBN'])
+def test_statistics_of_each_process_alone_are_warned_of_once(start, norm):
+    output, _ = finish(start(2, norm=norm, iterations=1))
+    (line,) = [line for line in output.splitlines() if 'layers of BatchNorm' in line]
+    assert 'statistics in each of 2 processes alone' in line and 'neck.' in line and 'decode_head.' in line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('killed', [0, 1])
+def test_a_killed_process_ends_the_job_with_one_line(start, killed):
+    process, work = start(2, 'default_hooks.logger.interval=100000', iterations=100000)
+    losses = [work / f'losses_{rank}.json' for rank in range(2)]
+    while not all(file.is_file() for file in losses) and process.poll() is None:
+        time.sleep(0.5)
+    began = time.monotonic()
+    os.kill(int((work / f'pid_{killed}').read_text()), signal.SIGKILL)
+    output, _ = process.communicate(timeout=120)
+    took = time.monotonic() - began
+    print(f'{output[-6000:]}\nended after {took:.1f} s')
+    assert process.returncode != 0 and took < 30
+    (line,) = [line for line in output.splitlines() if line.startswith('error')]
+    assert line.startswith(f'error (process {1 - killed}): the connection to another process of this run has broken')
+    assert 'Traceback' not in output.split('error (process')[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('clip', ['None', 'dict(max_norm=1.0)'])
+@pytest.mark.parametrize('broken', [0, 1])
+def test_a_loss_of_one_process_stops_all(start, monkeypatch, broken, clip):
+    """The launcher ends the others as soon as one has ended, perhaps before they can say why."""
+    monkeypatch.setenv('BREAK', f'{broken} 2')
+    process, work = start(2, 'default_hooks.checkpoint.interval=1', f'optim_wrapper.clip_grad={clip}')
+    output, _ = process.communicate(timeout=500)
+    lines = [line for line in output.splitlines() if line.startswith('error')]
+    assert 1 <= len(lines) <= 2 and 'Traceback' not in output.split('error')[0]
+    for line in lines:
+        assert 'loss is nan, ' in line and ' in iteration 3 (images data/' in line
+        assert line.startswith(
+            (f'error (process {broken}): ', f'error (process {1 - broken}): process {broken} stopped: ')
+        )
+    assert sorted(file.name for file in work.glob('*.pth')) == ['iter_1.pth', 'iter_2.pth']
