@@ -161,3 +161,13 @@ def test_verify_says_what_it_compared(saved, tmp_path, capsys):
     torch.save(changed, tmp_path / 'changed.pth')
     code, printed = report(capsys, tmp_path / 'changed.pth')
     assert code == 1 and printed.err.startswith('error: ') and 'state_dict differ' in printed.err
+
+
+def test_a_file_saved_without_checksums_is_read(saved, tmp_path):
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(saved[1], tmp_path / 'plain.pth')
+    finally:
+        torch.serialization.set_crc32_options(before)
+    assert read_checkpoint(tmp_path / 'plain.pth').keys() == saved[1].keys()
