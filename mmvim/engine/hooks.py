@@ -37,7 +37,7 @@ class ClassCountHook(Hook):
     def before_train(self, runner: Runner) -> None:
         """Compare the heads with the training and the validation data, rather than wait for the first validation."""
         self.check(runner, 'train_dataloader')
-        if runner.val_loop is not None:
+        if getattr(runner, 'val_loop', None) is not None:
             self.check(runner, 'val_dataloader')
 
     before_val = partialmethod(check, key='val_dataloader')
