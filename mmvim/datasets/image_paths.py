@@ -1,9 +1,8 @@
 """Files that an annotation file names: below the image folder, and regular ones."""
 
 import os
-import stat
 from collections.abc import Sequence
-from functools import lru_cache
+from pathlib import Path
 
 from mmvim.datasets.json_files import irregular
 from mmvim.errors import DataError
@@ -23,28 +22,24 @@ def check_paths(paths: Sequence[str], folder: str, ann_file: str, outside: bool,
         Those that do not exist.
 
     Raises:
-        DataError: if one leaves the folder, or is no regular file.
+        DataError: if the name of one leaves the folder, or one is no regular file.
     """
-    home = os.path.realpath(folder)
-    real_folder = lru_cache(os.path.realpath)
+    homes = {os.path.abspath(folder), os.path.realpath(folder)}
     missing = []
     for path in paths:
-        try:
-            mode = os.lstat(path).st_mode
-            real = os.path.realpath(path) if stat.S_ISLNK(mode) else _in(real_folder(os.path.dirname(path)), path)
-            mode = os.stat(path).st_mode if stat.S_ISLNK(mode) else mode
-        except (OSError, ValueError):
-            missing.append(path)
-            real, mode = os.path.realpath(path), stat.S_IFREG
-        if not outside and os.path.commonpath((home, real)) != home:
+        # a link in the folder is its owner's, but not what `..` makes of it
+        climbs = '..' in Path(path.removeprefix(folder)).parts
+        target = os.path.realpath(path) if climbs and '\0' not in path else os.path.abspath(path)
+        if not outside and not any(os.path.commonpath((one, target)) == one for one in homes):
             raise DataError(
-                f"annotation file '{ann_file}' names the image '{path}', which is '{real}', outside the image folder "
+                f"annotation file '{ann_file}' names the image '{path}', which is '{target}', outside the image folder "
                 f"'{folder}': correct file_name, or set images_outside=True if you trust the file"
             )
+        try:
+            mode = os.stat(path).st_mode
+        except (OSError, ValueError):
+            missing.append(path)
+            continue
         if not skip and (kind := irregular(mode)):
             raise DataError(f"image '{path}' of '{ann_file}' is {kind}: correct its file_name, or remove it")
     return missing
-
-
-def _in(folder: str, path: str) -> str:
-    return os.path.join(folder, os.path.basename(path))

@@ -383,16 +383,14 @@ def test_nothing_waits_for_a_file_that_is_none(home, tmp_path, kind):
     )
 
 
-@pytest.mark.parametrize(
-    'name', ['../secret.jpg', '{root}/secret.jpg', 'link.jpg', 'folder/secret.jpg', 'x/../../secret.jpg']
-)
+@pytest.mark.parametrize('name', ['../secret.jpg', '{root}/secret.jpg', 'folder/../secret.jpg', 'x/../../secret.jpg'])
 def test_images_outside_their_folder_are_followed_only_if_asked_for(tmp_path, name):
     images = tmp_path / 'images'
     (images / 'x').mkdir(parents=True)
     for path in (images / '1.jpg', tmp_path / 'secret.jpg'):
         cv2.imwrite(str(path), np.full((HEIGHT, WIDTH, 3), 90, np.uint8))
-    (images / 'link.jpg').symlink_to(tmp_path / 'secret.jpg')
-    (images / 'folder').symlink_to(tmp_path)
+    (images / 'folder').symlink_to(tmp_path / 'y')
+    (tmp_path / 'y').mkdir()
     content = spoilt('images', 'file_name', name.format(root=tmp_path))
     with pytest.raises(DataError, match=r"secret\.jpg', outside the image folder .* set images_outside=True"):
         build(tmp_path, content)
@@ -404,6 +402,17 @@ def test_images_inside_may_be_named_in_any_way(home, name):
     if not (home / 'images' / 'inner.jpg').exists():
         (home / 'images' / 'inner.jpg').symlink_to('2.jpg')
     assert len(build(home, spoilt('images', 'file_name', name.format(root=home)))) == 2
+
+
+@pytest.mark.parametrize('name', ['link.jpg', 'folder/3.jpg'])
+def test_links_in_the_image_folder_are_followed_wherever_they_lead(tmp_path, name):
+    (tmp_path / 'images').mkdir()
+    (tmp_path / 'elsewhere').mkdir()
+    for path in (tmp_path / 'images' / '1.jpg', tmp_path / 'elsewhere' / '3.jpg'):
+        cv2.imwrite(str(path), np.full((HEIGHT, WIDTH, 3), 90, np.uint8))
+    (tmp_path / 'images' / 'link.jpg').symlink_to(tmp_path / 'elsewhere' / '3.jpg')
+    (tmp_path / 'images' / 'folder').symlink_to(tmp_path / 'elsewhere')
+    assert len(build(tmp_path, spoilt('images', 'file_name', name))) == 2
 
 
 def test_compressed_masks_are_read_as_pycocotools_reads_them():
