@@ -19,7 +19,7 @@ from mmvim.registry import HOOKS
 
 UNSCALED, SCALED = 0, 20  # allowed in a row; 20 halvings take float16's first loss scale from 65,536 to below 0.1
 REMEDY = (
-    'lower optim_wrapper.optimizer.lr, set optim_wrapper.clip_grad=dict(max_norm=1.0), or check the images and their '
+    'lower optim_wrapper.optimizer.lr, set optim_wrapper.clip_grad.max_norm=1.0, or check the images and their '
     'annotations, then continue from the last checkpoint with --resume'
 )
 
