@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from functools import partialmethod
 
 import torch
-from mmengine.dist import all_gather_object, all_reduce, get_world_size
+from mmengine.dist import all_gather_object, all_reduce, barrier, get_world_size
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.optim import OptimWrapper
 from mmengine.runner import Runner
@@ -18,7 +19,7 @@ from mmvim.registry import HOOKS
 
 UNSCALED, SCALED = 0, 20  # allowed in a row; 20 halvings take float16's first loss scale from 65,536 to below 0.1
 REMEDY = (
-    'lower optim_wrapper.optimizer.lr, set optim_wrapper.clip_grad=dict(max_norm=1.0), or check the images and their '
+    'lower optim_wrapper.optimizer.lr, set optim_wrapper.clip_grad.max_norm=1.0, or check the images and their '
     'annotations, then continue from the last checkpoint with --resume'
 )
 
@@ -164,6 +165,8 @@ def stop_together(text: str | None, weight: int = 1) -> None:
         all_reduce(most, 'max')
         if most:
             reasons = all_gather_object((weight, text))
+            with suppress(RuntimeError):  # nobody leaves, which breaks the connection, before all know the reason
+                barrier()
             rank = next(rank for rank, reason in enumerate(reasons) if reason[0] == most)
             text = text if weight == most else f'process {rank} stopped: {reasons[rank][1]}'
     if text is not None:
