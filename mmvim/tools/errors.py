@@ -54,7 +54,7 @@ def explain(error: Exception) -> str | None:
         return f"the config names type '{name}', which no registry has: check its spelling and its scope{_close(name)}"
     if isinstance(error, TypeError) and ('() ' in text or text.startswith('cfg should be')):  # a call's signature
         return f'wrong config key: {text}'
-    if isinstance(error, ValueError):
+    if isinstance(error, ValueError | AssertionError) and text:
         return f'wrong value in the config: {text}'
     return None
 

@@ -71,6 +71,7 @@ def test_configs_that_cannot_be_read(fails, tiny_folder, text, expected):
         ('model.backbone.type=mmvim.VisionMabma', 'did you mean mmvim.VisionMamba?'),
         ('model.backbone.directions=v3', "directions must be one of ('v2', 'v1', 'none', 'block', 'sequence')"),
         ('model.roi_head.num_classes=3', 'has 3 classes, but the data set of train_dataloader has 4 (circle, '),
+        ('optim_wrapper.clip_grad=dict(max_norm=1)', 'wrong value in the config: If `clip_grad` is not None'),
         ('train_dataloader.dataset.shapes.num_train=0', 'must be at least 1'),
         ('train_dataloader.dataset.shapes.seed=5', 'holds shapes generated with other settings'),
     ],
