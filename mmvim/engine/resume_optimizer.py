@@ -37,7 +37,7 @@ def facts(runner: Runner) -> dict[str, Any]:
         max_iters=None if by_epoch else getattr(loop, 'max_iters', None),
         epoch_length=len(loop.dataloader) if by_epoch else None,
         schedulers=[type(scheduler).__name__ for scheduler in schedulers_of(runner)],
-        early_stopping=[(hook.best_score, hook.wait_count) for hook in early_stopping_hooks(runner)],
+        early_stopping=[(float(hook.best_score), hook.wait_count) for hook in early_stopping_hooks(runner)],
     )
 
 
