@@ -78,9 +78,8 @@ STOPPING = [
         dict(end=4),
         pytest.param(dict(default_hooks=best(rule='less')), marks=slow),
         pytest.param(dict(custom_hooks=STOPPING, end=12), marks=slow),
-        pytest.param(dict(custom_hooks=STOPPING, end=12, default_hooks=best()), marks=slow),
     ],
-    ids=['plain', 'best', 'early stopping', 'early stopping, best'],
+    ids=['plain', 'best', 'early stopping'],
 )
 def test_a_resumed_run_validates_what_the_unbroken_run_does(tmp_path, small_run, settings):
     """Also where the run was killed after saving and before or while validating."""
