@@ -121,7 +121,7 @@ def resume_optimizer(
         kept_names = {'params', *(name for name in settings if by_metric and _scheduled(name, settings))}
         group.update({name: value for name, value in settings.items() if name not in kept_names})
     if by_metric:
-        _load(schedulers_of(runner), states)
+        _load(schedulers_of(runner), [{name: state[name] for name in state.keys() & POSITION} for state in states])
     else:
         replay(schedulers_of(runner), loop.iter, loop.epoch, loop.dataloader)
 

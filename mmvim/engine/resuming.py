@@ -231,6 +231,4 @@ def _inexact(runner: Runner) -> list[str]:
         reasons.append('gradients were accumulated in several processes: save at a multiple of accumulative_counts')
     text = str(runner.cfg.get('train_dataloader')) + str(runner.cfg.get('model'))
     reasons += [f'{part} keeps what no checkpoint holds' for part in FORGETFUL if part in text]
-    if any(getattr(scheduler, 'need_val_args', False) for scheduler in schedulers_of(runner)):
-        reasons.append('param_scheduler follows a metric')
     return reasons

@@ -144,6 +144,16 @@ def test_changed_settings_are_named_and_win(resume):
     assert group['initial_lr'] == 0.5 and group['weight_decay'] == 0.2 and group['lr'] > 0.01
 
 
+@pytest.mark.slow
+def test_a_schedule_by_metric_goes_on_where_it_was(tmp_path, small_run):
+    plateau = dict(type='ReduceOnPlateauLR', monitor='acc', rule='greater', patience=0, threshold=9, factor=0.5)
+    settings = dict(by_epoch=True, interval=(1, True), param_scheduler=[plateau], seed=1)
+    small_run.train(tmp_path / 'long', end=3, **settings)
+    small_run.train(tmp_path / 'work', end=2, **settings)
+    small_run.train(tmp_path / 'work', end=3, **settings, resume='auto')
+    assert small_run.differences(tmp_path / 'work' / 'epoch_3.pth', tmp_path / 'long' / 'epoch_3.pth') == []
+
+
 def test_another_batch_size_is_named(resume, small_run):
     loader = {**small_run.loader(sampler=dict(type='InfiniteSampler')), 'batch_size': 3}
     _, warnings = resume(end=6, train_dataloader=loader)
