@@ -169,5 +169,5 @@ def check_resumable(path: str | os.PathLike, content: Mapping[str, Any], with_sc
     ):
         if isinstance(parts, list) and all(isinstance(part, Mapping) for part in parts):
             continue
-        if not isinstance(parts, Mapping):  # of several optimisers, by name
+        if key == 'param_groups' or not isinstance(parts, Mapping):  # of several optimisers, by name
             raise CheckpointError(f"'{path}' cannot be resumed from, as its {key} are no list of dicts: {REMEDY}")

@@ -12,7 +12,7 @@ from mmengine.optim import OptimWrapper
 from mmengine.runner import EpochBasedTrainLoop, Runner
 
 from mmvim.engine.resume_choice import REMEDY
-from mmvim.errors import CheckpointError
+from mmvim.errors import CheckpointError, first_line
 
 # of a scheduler's state, what says where it stands; the rest is how it was configured
 POSITION = {'last_step', 'last_epoch', '_global_step', '_last_value', 'base_values', 'best', 'num_bad_epochs'}
@@ -37,7 +37,7 @@ def facts(runner: Runner) -> dict[str, Any]:
         max_iters=None if by_epoch else getattr(loop, 'max_iters', None),
         epoch_length=len(loop.dataloader) if by_epoch else None,
         schedulers=[type(scheduler).__name__ for scheduler in schedulers_of(runner)],
-        early_stopping=[(hook.best_score, hook.wait_count) for hook in early_stopping_hooks(runner)],
+        early_stopping=[(float(hook.best_score), hook.wait_count) for hook in early_stopping_hooks(runner)],
     )
 
 
@@ -88,16 +88,16 @@ def resume_optimizer(
         wrapper.load_state_dict(kept)
     except (ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
         raise CheckpointError(
-            f"checkpoint '{path}' cannot be resumed: the state of its optimiser does not fit ({error}): {REMEDY}"
+            f"checkpoint '{path}' cannot be resumed: the state of its optimiser does not fit ({first_line(error)}): "
+            f'{REMEDY}'
         ) from None
-    states = checkpoint.get('param_schedulers')
+    states = flat(checkpoint.get('param_schedulers')) if schedulers else []
     if not fresh:  # several optimisers
-        for scheduler, state in zip(schedulers_of(runner), flat(states), strict=False):
-            scheduler.load_state_dict(state)
+        _load(schedulers_of(runner), states)
         return
     changes = _changes(fresh, wrapper.param_groups)
     if schedulers:
-        changes += _schedule_changes(runner, flat(states), run)
+        changes += _schedule_changes(runner, states, run)
     loop = runner.train_loop
     moved = run.get('epoch_length') not in (None, len(loop.dataloader)) and run.get('max_epochs')
     for name in ('max_iters', 'max_epochs', 'accumulative_counts'):
@@ -105,16 +105,34 @@ def resume_optimizer(
         if name in run and run[name] != now:
             changes.append(f'{name} was {run[name]} and is {now}')
     if not changes and not moved:
-        for scheduler, state in zip(schedulers_of(runner), flat(states), strict=False):
-            scheduler.load_state_dict(state)
+        _load(schedulers_of(runner), states)
         return
+    by_metric = any(getattr(scheduler, 'need_val_args', False) for scheduler in schedulers_of(runner))
+    rates = (
+        'learning rates and schedule stay those of the checkpoint, as they follow a metric'
+        if by_metric
+        else f'learning rates are those that it gives at iteration {loop.iter} of its own schedule'
+    )
     runner.logger.warning(
         f'--resume: the config differs from that of the checkpoint ({"; ".join(changes[:6]) or "length of an epoch"}): '
-        f'the config wins; learning rates are those that it gives at iteration {loop.iter} of its own schedule'
+        f'the config wins; {rates}'
     )
     for group, settings in zip(wrapper.param_groups, fresh, strict=True):
-        group.update({name: value for name, value in settings.items() if name != 'params'})
-    replay(schedulers_of(runner), flat(states), loop.iter, loop.epoch, getattr(loop, 'dataloader', ()))
+        kept_names = {'params', *(name for name in settings if by_metric and _scheduled(name, settings))}
+        group.update({name: value for name, value in settings.items() if name not in kept_names})
+    if by_metric:
+        _load(schedulers_of(runner), [{name: state[name] for name in state.keys() & POSITION} for state in states])
+    else:
+        replay(schedulers_of(runner), loop.iter, loop.epoch, loop.dataloader)
+
+
+def _scheduled(name: str, settings: Mapping) -> bool:
+    return name in ('lr', 'momentum', 'betas') or name.startswith('initial_') or f'initial_{name}' in settings
+
+
+def _load(schedulers: Iterable, states: Iterable[Mapping]) -> None:
+    for scheduler, state in zip(schedulers, states, strict=False):
+        scheduler.load_state_dict(state)
 
 
 def flat(states: Any) -> list:
@@ -159,22 +177,17 @@ def _schedule_changes(runner: Runner, states: list[Mapping], run: Mapping[str, A
     return sorted(changes)
 
 
-def replay(schedulers: Iterable, states: list, iteration: int, epoch: int, loader: Any) -> None:
+def replay(schedulers: Sequence, iteration: int, epoch: int, loader: Any) -> None:
     """Step schedulers that are at their beginning to an iteration, in the order in which a run steps them.
 
     Args:
-        schedulers: those of the config; one that follows a metric takes its state from the checkpoint.
-        states: states of the checkpoint's schedulers.
+        schedulers: those of the config.
         iteration: iterations that are over.
         epoch: epochs that are over.
         loader: the training data, for the length of an epoch.
     """
-    steady = [scheduler for scheduler in schedulers if not getattr(scheduler, 'need_val_args', False)]
-    for scheduler, state in zip(schedulers, states, strict=False):
-        if scheduler not in steady and 'num_bad_epochs' in state:
-            scheduler.load_state_dict({name: state[name] for name in state.keys() & POSITION})
-    by_iteration = [scheduler for scheduler in steady if not scheduler.by_epoch]
-    by_epoch = [scheduler for scheduler in steady if scheduler.by_epoch]
+    by_iteration = [scheduler for scheduler in schedulers if not scheduler.by_epoch]
+    by_epoch = [scheduler for scheduler in schedulers if scheduler.by_epoch]
     length = len(loader) if epoch else math.inf
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # a step of the scheduler without one of the optimiser

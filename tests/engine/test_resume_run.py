@@ -78,9 +78,8 @@ STOPPING = [
         dict(end=4),
         pytest.param(dict(default_hooks=best(rule='less')), marks=slow),
         pytest.param(dict(custom_hooks=STOPPING, end=12), marks=slow),
-        pytest.param(dict(custom_hooks=STOPPING, end=12, default_hooks=best()), marks=slow),
     ],
-    ids=['plain', 'best', 'early stopping', 'early stopping, best'],
+    ids=['plain', 'best', 'early stopping'],
 )
 def test_a_resumed_run_validates_what_the_unbroken_run_does(tmp_path, small_run, settings):
     """Also where the run was killed after saving and before or while validating."""
@@ -143,6 +142,16 @@ def test_changed_settings_are_named_and_win(resume):
     assert 'lr was 0.01 and is 0.5' in line and 'weight_decay was 0.1 and is 0.2' in line
     group = runner.optim_wrapper.param_groups[0]
     assert group['initial_lr'] == 0.5 and group['weight_decay'] == 0.2 and group['lr'] > 0.01
+
+
+@pytest.mark.slow
+def test_a_schedule_by_metric_goes_on_where_it_was(tmp_path, small_run):
+    plateau = dict(type='ReduceOnPlateauLR', monitor='acc', rule='greater', patience=0, threshold=9, factor=0.5)
+    settings = dict(by_epoch=True, interval=(1, True), param_scheduler=[plateau], seed=1)
+    small_run.train(tmp_path / 'long', end=3, **settings)
+    small_run.train(tmp_path / 'work', end=2, **settings)
+    small_run.train(tmp_path / 'work', end=3, **settings, resume='auto')
+    assert small_run.differences(tmp_path / 'work' / 'epoch_3.pth', tmp_path / 'long' / 'epoch_3.pth') == []
 
 
 def test_another_batch_size_is_named(resume, small_run):
