@@ -3,6 +3,7 @@
 import os
 from collections import Counter
 from functools import lru_cache
+from typing import Any
 
 from mmvim.datasets.entries import check_annotations, check_categories, check_images
 from mmvim.datasets.json_files import read_json
@@ -37,7 +38,7 @@ def read_annotations(
     Raises:
         DataError: if the file is missing, not JSON, or lacks what detection needs; the message names file and entry.
     """
-    content = read_json(path, backend_args)
+    content: Any = read_json(path, backend_args)
     needed = KEYS if with_truth or not isinstance(content, dict) or 'annotations' in content else KEYS[::2]
     missing = [key for key in needed if not isinstance(content, dict) or not isinstance(content.get(key), list)]
     if missing:

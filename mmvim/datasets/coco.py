@@ -89,9 +89,9 @@ class CocoFolderDataset(CocoDataset):
         for key, value in dict(ann_file=ann_file, data_root=data_root).items():
             if not isinstance(value, str | os.PathLike):
                 raise DataError(f'{key} of {type(self).__name__} must be a path, got {value!r}')
-        for key, value in dict(data_prefix=data_prefix, metainfo=metainfo).items():
-            if value is not None and not isinstance(value, dict):
-                raise DataError(f'{key} of {type(self).__name__} must be a dict, got {value!r}')
+        for key, given in dict(data_prefix=data_prefix, metainfo=metainfo).items():
+            if given is not None and not isinstance(given, dict):
+                raise DataError(f'{key} of {type(self).__name__} must be a dict, got {given!r}')
         check_flags(skip_bad_images=skip_bad_images, images_outside=images_outside)
         if not ann_file:
             raise DataError(

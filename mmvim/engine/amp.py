@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from mmengine.model import is_model_wrapper
@@ -77,7 +78,7 @@ def low_precision(model: nn.Module, parts: Sequence[str], dtype: torch.dtype) ->
         ValueError: if the model has none of the parts.
     """
     if is_model_wrapper(model):
-        model = model.get_submodule('module')
+        model = cast(nn.Module, model.module)
     modules = [getattr(model, part) for part in parts if isinstance(getattr(model, part, None), nn.Module)]
     if not modules:
         raise ValueError(f'{type(model).__name__} has none of {tuple(parts)}: name the parts to run in {dtype}')

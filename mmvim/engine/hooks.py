@@ -1,7 +1,8 @@
 """Checks at the points where a mistake in data, config or checkpoint would otherwise pass unnoticed."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partialmethod
+from typing import cast
 
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
@@ -52,7 +53,7 @@ def _dataset_and_classes(loader: object) -> tuple[object, Sequence[str] | None]:
 def unwrapped(model: nn.Module) -> nn.Module:
     """A model without distributed or test-time wrappers."""
     while is_model_wrapper(model) or type(model).__name__.endswith('TTAModel'):
-        model = model.module
+        model = cast(nn.Module, model.module)
     return model
 
 
@@ -89,7 +90,8 @@ class CheckpointFitHook(Hook):
         """Compare names and shapes before anything is loaded."""
         if runner._resume:
             check_stored_config(checkpoint, runner._load_from or runner.work_dir)
-        model, found = unwrapped(runner.model), find_state_dict(checkpoint, runner._load_from)
+        model = unwrapped(runner.model)
+        found: Mapping[str, Tensor] = find_state_dict(checkpoint, runner._load_from)
         renamed = fit_to_classifier(model, found)
         if renamed is not found:
             found = checkpoint['state_dict'] = renamed
@@ -122,7 +124,7 @@ class CheckpointFitHook(Hook):
             )
 
 
-def _convert_backbone(model: nn.Module, weights: dict[str, Tensor], strict: bool) -> Conversion:
+def _convert_backbone(model: nn.Module, weights: Mapping[str, Tensor], strict: bool) -> Conversion:
     """Weights after what the backbone makes of its part on loading, which also says why that does not fit."""
     backbone = getattr(model, 'backbone', None)
     own = part_of(weights, 'backbone.')

@@ -158,9 +158,9 @@ def _use_tta(cfg: Config, scope: str | None) -> None:
         else:
             cfg.tta_model = dict(type='AverageClsScoreTTA' if scope == 'mmpretrain' else 'SegTTAModel')
     if 'tta_pipeline' not in cfg:
-        cfg.tta_pipeline = _flip_pipeline(dataset.pipeline)
+        cfg.tta_pipeline = _flip_pipeline(dataset['pipeline'])
     cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
-    dataset.pipeline = cfg.tta_pipeline
+    dataset['pipeline'] = cfg.tta_pipeline
 
 
 def _flip_pipeline(pipeline: list[dict]) -> list[dict]:
