@@ -14,8 +14,10 @@ import cases_add_rms_norm as cases  # noqa: E402
 from cases_add_rms_norm import Case  # noqa: E402
 from triton_runs import (  # noqa: E402
     DEVICE,
+    in_the_first_process,
     poison,
     put_triton_first,
+    run_compiled,
     run_in_interpreter,
     skip_in_interpreter,
     where_it_runs,
@@ -27,9 +29,15 @@ from ssm_kernels.ops.add_rms_norm import gpu  # noqa: E402
 TRITON = room.BACKENDS[0]
 
 
-@skip_in_interpreter
+@in_the_first_process
 def test_in_the_interpreter():
     run_in_interpreter(__file__)
+
+
+@in_the_first_process
+@pytest.mark.compiled
+def test_compiled():
+    run_compiled(__file__)
 
 
 @pytest.fixture
@@ -206,7 +214,7 @@ def test_autocast_narrows_the_output_alone():
     assert torch.equal(out, want.bfloat16()) and torch.equal(new, stream)
 
 
-@pytest.mark.gpu
+@where_it_runs
 @skip_in_interpreter
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='CUDA graphs')
 def test_in_a_cuda_graph():

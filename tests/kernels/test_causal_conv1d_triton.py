@@ -14,8 +14,10 @@ import cases_causal_conv1d as cases  # noqa: E402
 from cases_causal_conv1d import Case  # noqa: E402
 from triton_runs import (  # noqa: E402
     DEVICE,
+    in_the_first_process,
     poison,
     put_triton_first,
+    run_compiled,
     run_in_interpreter,
     skip_in_interpreter,
     where_it_runs,
@@ -27,9 +29,15 @@ from ssm_kernels.ops.causal_conv1d import gpu  # noqa: E402
 TRITON = room.BACKENDS[0]
 
 
-@skip_in_interpreter
+@in_the_first_process
 def test_in_the_interpreter():
     run_in_interpreter(__file__)
+
+
+@in_the_first_process
+@pytest.mark.compiled
+def test_compiled():
+    run_compiled(__file__)
 
 
 @pytest.fixture
@@ -95,7 +103,7 @@ def test_low_precision_outputs_and_gradients(case, dtype, triton_row):
     assert len(triton_row) == 1
 
 
-@pytest.mark.gpu
+@where_it_runs
 @skip_in_interpreter
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize('case', cases.CASES, ids=str)
@@ -232,7 +240,7 @@ def test_second_derivative_says_no():
         dx.sum().backward()
 
 
-@pytest.mark.gpu
+@where_it_runs
 @skip_in_interpreter
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='CUDA graphs')
 def test_in_a_cuda_graph():

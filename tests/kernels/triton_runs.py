@@ -1,34 +1,68 @@
-"""Where the tests of Triton kernels run: on a GPU in this process, and in Triton's interpreter in another one.
+"""Where the tests of Triton kernels run: on a GPU in this process, and without one in two others.
 
-The interpreter must be chosen before Triton is imported, so ``run_in_interpreter`` starts a second pytest on a test
-file with TRITON_INTERPRET=1. There, tensors are on the CPU, and scratch memory is poisoned; on a GPU the same tests run
-in the first process.
+``run_compiled`` starts a second pytest on a test file, in which every kernel runs through the PTX that Triton compiled
+(see the package ``compiled``); ``run_in_interpreter`` one in which Triton's interpreter runs the kernels. Both must be
+chosen before Triton is first used. There, tensors are on the CPU, and scratch memory is poisoned; on a GPU the same
+tests run in the first process.
 """
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from compiled import build
 
 from ssm_kernels.dispatch import Backend
 
 INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
-DEVICE = 'cpu' if INTERPRETED else 'xpu' if torch.xpu.is_available() else 'cuda'
-where_it_runs = pytest.mark.usefixtures('poisoned_memory') if INTERPRETED else pytest.mark.gpu
-skip_in_interpreter = pytest.mark.skipif(INTERPRETED, reason='not for the process with the interpreter')
+COMPILED = int(os.environ.get('SSM_KERNELS_COMPILED', '0'))  # compute capability of the GPU that is compiled for
+DEVICE = 'cpu' if INTERPRETED or COMPILED else 'xpu' if torch.xpu.is_available() else 'cuda'
+in_the_first_process = pytest.mark.skipif(bool(INTERPRETED or COMPILED), reason='starts the other processes')
+skip_in_interpreter = pytest.mark.skipif(INTERPRETED, reason='takes too long in the interpreter')
+
+
+def where_it_runs(test: Callable) -> Callable:
+    """Marks a test that runs on a GPU, through compiled kernels and in the interpreter."""
+    if not INTERPRETED and not COMPILED:
+        return pytest.mark.gpu(test)
+    test = pytest.mark.usefixtures('poisoned_memory')(test)
+    return pytest.mark.compiled(test) if COMPILED else test
 
 
 def run_in_interpreter(file: str, *options: str) -> None:
     """Runs the tests of a file in a second process, whose kernels are interpreted; fails if one fails or none ran."""
+    _run(file, {'TRITON_INTERPRET': '1'}, *options)
+
+
+def run_compiled(file: str, capability: int = 90, marks: str = 'compiled and not slow') -> None:
+    """Runs the marked tests of a file in a second process, whose kernels run through their PTX for a GPU.
+
+    Skips where the tools for that are missing, unless SSM_KERNELS_REQUIRE_COMPILED=1.
+    """
+    if reason := build.why_not():
+        if os.environ.get('SSM_KERNELS_REQUIRE_COMPILED') == '1':
+            pytest.fail(f'compiled kernels cannot be run: {reason}')
+        pytest.skip(reason)
+    with tempfile.TemporaryDirectory(prefix='ssm_kernels_') as cache:
+        # ptxas accepts every kernel, but need not optimise what nobody runs: test_triton_compile.py looks at its code
+        settings = {'SSM_KERNELS_COMPILED': str(capability), 'DISABLE_PTXAS_OPT': '1', 'TRITON_CACHE_DIR': cache}
+        _run(file, {name: os.environ.get(name, value) for name, value in settings.items()}, '-m', marks)
+
+
+def _run(file: str, settings: dict[str, str], *options: str) -> None:
     result = subprocess.run(
         [sys.executable, '-m', 'pytest', file, '-q', '--durations=5', '-p', 'no:cacheprovider', *options],
-        env=os.environ | {'TRITON_INTERPRET': '1', 'OMP_NUM_THREADS': '1'},
+        env=os.environ | settings | {'OMP_NUM_THREADS': '1'},
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
@@ -99,5 +133,18 @@ def _repair_interpreter() -> None:
     interpreter.InterpreterBuilder.create_fp_trunc = round_to_bfloat16
 
 
+def _run_through_ptx() -> None:
+    from compiled import launches
+
+    from ssm_kernels import triton_utils
+
+    folder = tempfile.mkdtemp(prefix='ssm_kernels_')
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    launches.install(COMPILED, Path(folder))
+    triton_utils.fast_math = lambda x: True  # as for tensors on the GPU; bound before the kernels' modules import it
+
+
 if INTERPRETED:
     _repair_interpreter()
+if COMPILED:
+    _run_through_ptx()
