@@ -9,12 +9,13 @@ tests run in the first process.
 from __future__ import annotations
 
 import atexit
+import functools
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -31,6 +32,10 @@ in_the_first_process = pytest.mark.skipif(bool(INTERPRETED or COMPILED), reason=
 skip_in_interpreter = pytest.mark.skipif(INTERPRETED, reason='takes too long in the interpreter')
 
 
+# a test whose kernels the quick rows compile and run in a form of their own
+slow_if_compiled = pytest.mark.slow if COMPILED else lambda test: test
+
+
 def where_it_runs(test: Callable) -> Callable:
     """Marks a test that runs on a GPU, through compiled kernels and in the interpreter."""
     if not INTERPRETED and not COMPILED:
@@ -39,24 +44,57 @@ def where_it_runs(test: Callable) -> Callable:
     return pytest.mark.compiled(test) if COMPILED else test
 
 
+def slow_when_compiled(rows: Sequence, *quick: str) -> list:
+    """Leaves all rows but the quick ones to the slow tests where kernels are compiled: most rows compile their own."""
+    assert set(quick) <= set(map(str, rows))
+    return [
+        pytest.param(row, marks=pytest.mark.slow) if COMPILED and str(row) not in quick else pytest.param(row)
+        for row in rows
+    ]
+
+
 def run_in_interpreter(file: str, *options: str) -> None:
     """Runs the tests of a file in a second process, whose kernels are interpreted; fails if one fails or none ran."""
     _run(file, {'TRITON_INTERPRET': '1'}, *options)
 
 
-def run_compiled(file: str, capability: int = 90, marks: str = 'compiled and not slow') -> None:
+def run_compiled(
+    file: str | Path, capability: int = 90, *options: str, marks: str = 'compiled and not slow', kernels: str = ''
+) -> None:
     """Runs the marked tests of a file in a second process, whose kernels run through their PTX for a GPU.
 
     Skips where the tools for that are missing, unless SSM_KERNELS_REQUIRE_COMPILED=1.
+
+    Args:
+        file: the test file.
+        capability: ten times the compute capability that is compiled for.
+        options: for pytest.
+        marks: which tests; pytest's ``-m``.
+        kernels: a folder to take the package ssm_kernels from.
     """
     if reason := build.why_not():
         if os.environ.get('SSM_KERNELS_REQUIRE_COMPILED') == '1':
             pytest.fail(f'compiled kernels cannot be run: {reason}')
         pytest.skip(reason)
-    with tempfile.TemporaryDirectory(prefix='ssm_kernels_') as cache:
+    settings = {
+        'SSM_KERNELS_COMPILED': str(capability),
+        'SSM_KERNELS_FOLDER': str(_folder()),
         # ptxas accepts every kernel, but need not optimise what nobody runs: test_triton_compile.py looks at its code
-        settings = {'SSM_KERNELS_COMPILED': str(capability), 'DISABLE_PTXAS_OPT': '1', 'TRITON_CACHE_DIR': cache}
-        _run(file, {name: os.environ.get(name, value) for name, value in settings.items()}, '-m', marks)
+        'DISABLE_PTXAS_OPT': '1',
+        'TRITON_CACHE_DIR': os.environ.get('TRITON_CACHE_DIR', str(_folder() / 'triton')),
+        'PYTHONPATH': os.pathsep.join(filter(None, [kernels, os.environ.get('PYTHONPATH')])),
+    }
+    _run(str(file), settings, '-m', marks, *options)
+
+
+@functools.cache
+def _folder() -> Path:
+    """Where this process and those that it starts build what they need; gone when it ends."""
+    if given := os.environ.get('SSM_KERNELS_FOLDER'):
+        return Path(given)
+    folder = tempfile.mkdtemp(prefix='ssm_kernels_')
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
 
 
 def _run(file: str, settings: dict[str, str], *options: str) -> None:
@@ -66,7 +104,7 @@ def _run(file: str, settings: dict[str, str], *options: str) -> None:
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=7200,  # seconds; the slow rows take an hour on two busy cores
     )
     print(result.stdout)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -138,9 +176,7 @@ def _run_through_ptx() -> None:
 
     from ssm_kernels import triton_utils
 
-    folder = tempfile.mkdtemp(prefix='ssm_kernels_')
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    launches.install(COMPILED, Path(folder))
+    launches.install(COMPILED, _folder())
     triton_utils.fast_math = lambda x: True  # as for tensors on the GPU; bound before the kernels' modules import it
 
 

@@ -36,8 +36,10 @@ def compiler() -> str | None:
 
 
 def build(source: str, folder: Path, name: str, *options: str) -> Path:
-    """Builds one file as a shared library in a folder, and returns its path."""
+    """Builds one file as a shared library in a folder, if it is not there yet, and returns its path."""
     target = folder / name
+    if target.exists():
+        return target
     command = [compiler(), *FLAGS, *options, f'-Wl,-soname,{name}', str(HERE / source), '-o', str(target), '-lm']
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:

@@ -174,7 +174,7 @@ class Decoder:
             return self._constant(0, size)
         if bits := re.fullmatch(r'0[fd]([0-9A-Fa-f]{8}|[0-9A-Fa-f]{16})', text):
             return self._constant(int(bits[1], 16), size)
-        value = int(text, 0)
+        value = int(text.removesuffix('U'), 0)
         return self._constant(int(value != 0) if size == 1 else value, size)
 
     def _address(self, text: str, size: int) -> dict[str, int]:

@@ -97,6 +97,7 @@ static inline s32 signed_field(s32 x, u32 from, u32 bits) {
   /* float32 */ \
   E(add_f32, f32, f32, f32, u8, a + b) E(sub_f32, f32, f32, f32, u8, a - b) E(mul_f32, f32, f32, f32, u8, a * b) \
   E(fma_f32, f32, f32, f32, f32, fmaf(a, b, c)) E(div_f32, f32, f32, f32, u8, a / b) \
+  E(div_approx_f32, f32, f32, f32, u8, approximate(a / b, 2)) \
   E(div_full_f32, f32, f32, f32, u8, approximate(a / b, 2)) \
   E(neg_f32, f32, f32, u8, u8, -a) E(abs_f32, f32, f32, u8, u8, fabsf(a)) \
   E(min_f32, f32, f32, f32, u8, fminf(a, b)) E(max_f32, f32, f32, f32, u8, fmaxf(a, b)) \
@@ -115,10 +116,15 @@ static inline s32 signed_field(s32 x, u32 from, u32 bits) {
   E(cvt_rzi_s32_f32, s32, f32, u8, u8, a != a ? 0 : a >= 2147483648.f ? INT32_MAX : a <= -2147483648.f ? INT32_MIN : (s32)a) \
   /* two float32 in a register of 64 bits, on Blackwell */ \
   E(add_f32x2, f32x2, f32x2, f32x2, u8, pair(a.x + b.x, a.y + b.y)) \
+  E(sub_f32x2, f32x2, f32x2, f32x2, u8, pair(a.x - b.x, a.y - b.y)) \
   E(mul_f32x2, f32x2, f32x2, f32x2, u8, pair(a.x * b.x, a.y * b.y)) \
   E(fma_f32x2, f32x2, f32x2, f32x2, f32x2, pair(fmaf(a.x, b.x, c.x), fmaf(a.y, b.y, c.y))) \
   /* 16 bits */ \
   E(cvt_f32_bf16, f32, u16, u8, u8, from_bf16(a)) E(cvt_f32_f16, f32, u16, u8, u8, from_f16(a)) \
+  E(add_f32_bf16, f32, u16, f32, u8, from_bf16(a) + b) E(add_f32_f16, f32, u16, f32, u8, from_f16(a) + b) \
+  E(sub_f32_bf16, f32, u16, f32, u8, from_bf16(a) - b) E(sub_f32_f16, f32, u16, f32, u8, from_f16(a) - b) \
+  E(fma_f32_bf16, f32, u16, u16, f32, fmaf(from_bf16(a), from_bf16(b), c)) \
+  E(fma_f32_f16, f32, u16, u16, f32, fmaf(from_f16(a), from_f16(b), c)) \
   E(cvt_bf16_f32, u16, f32, u8, u8, to_bf16(a)) E(cvt_f16_f32, u16, f32, u8, u8, to_f16(a)) \
   E(cvt_bf16x2_f32, u32, f32, f32, u8, (u32)to_bf16(a) << 16 | to_bf16(b)) \
   E(cvt_f16x2_f32, u32, f32, f32, u8, (u32)to_f16(a) << 16 | to_f16(b))
