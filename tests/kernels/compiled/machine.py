@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 from pathlib import Path
 
 from .build import build
@@ -122,7 +123,7 @@ def describe(run: Run, program: Program, given: dict[str, tuple[int, int]]) -> s
     """One line on what went wrong and where."""
     statement = program.statements[run.at]
     where = ''
-    if statement.text.split('.')[0].split()[-1] in ('ld', 'st') and '.global' in statement.text:
+    if given and re.search(r'\b(ld|st)\.global', statement.text):
         name, (low, high) = min(given.items(), key=lambda item: max(item[1][0] - run.address, run.address - item[1][1]))
         where = f', at byte {run.address - low} of {name} ({high - low} bytes)'
     return (
