@@ -37,9 +37,9 @@ TARGETS = {
 }
 
 
-# What a version of Triton is known to need beyond a bound: (version, target, row of the test) -> spills.
-# A new compiler that needs a little more than its bound gets a warning, one that needs much more a failure.
-KNOWN_SPILLS: dict[tuple[tuple[int, int], str, str], int] = {}
+# (version, target, kernel) -> registers and spills that this version is known to need where others hold the bound
+KNOWN = {((3, 6), 'gfx942', 'scan_backward_kernel'): (266, 0)}
+# a new version that misses its bound by no more than this gets a warning: look, and enter it above
 A_FEW_REGISTERS, A_FEW_SPILLS = 16, 64
 
 
@@ -75,17 +75,27 @@ class Compiled:
     loops: tuple[Loop, ...]
 
 
-def hold(found: Compiled, target: str, registers: int, row: str = '') -> None:
-    """Fails if a kernel takes many more registers than these, or spills more than is known of this row; else warns."""
-    spills = KNOWN_SPILLS.get((TRITON, target, row), 0)
+def hold(found: Compiled, target: str, registers: int) -> None:
+    """Fails if a kernel misses its bound on registers, or spills, by much more than is known; warns if by a little."""
+    registers, spills = KNOWN.get((TRITON, target, found.kernel), (registers, 0))
     for what, needed, bound, slack in (
         ('registers', found.registers, registers, A_FEW_REGISTERS),
         ('spills', found.spilled, spills, A_FEW_SPILLS),
     ):
-        line = f'{found.kernel} {row} for {target}, Triton {triton.__version__}: {needed} {what}, the bound is {bound}'
+        line = f'{found.kernel} for {target}, Triton {triton.__version__}: {needed} {what}, the bound is {bound}'
         assert needed <= bound + slack, line
         if needed > bound:
             warnings.warn(line, stacklevel=2)
+
+
+def test_a_bound_missed_by_a_little_warns_and_by_much_fails():
+    hold(Compiled('kernel', 128, 0, ()), 'sm_90', 128)
+    for registers, spills in ((128 + A_FEW_REGISTERS, 0), (128, A_FEW_SPILLS)):
+        with pytest.warns(UserWarning, match=r'^kernel for sm_90, Triton \S+: \d+ (registers|spills), the bound is'):
+            hold(Compiled('kernel', registers, spills, ()), 'sm_90', 128)
+    for registers, spills in ((129 + A_FEW_REGISTERS, 0), (128, 1 + A_FEW_SPILLS)):
+        with pytest.raises(AssertionError, match='the bound is'):
+            hold(Compiled('kernel', registers, spills, ()), 'sm_90', 128)
 
 
 def read_cubin(kernel: str, cubin: bytes, folder: Path) -> Compiled:
@@ -254,9 +264,7 @@ BACKWARD = [
 def test_backward(target, K, N, dtype, constant, compile_launches):
     (found,) = compile_launches(target, backward, inputs(K, N, dtype, L=64, constant=constant))
     assert found.kernel == 'scan_backward_kernel'
-    # 256: two wavefronts on a SIMD of AMD's, which the compiler of Triton 3.6 misses by ten registers
-    most = 255 if target.startswith('sm') else 256 if TRITON >= (3, 7) else 266
-    hold(found, target, most, f'N={N}, {"constant" if constant else "per token"}, {dtype}')
+    hold(found, target, 255 if target.startswith('sm') else 256)  # 256: two wavefronts on a SIMD of AMD's
 
 
 @pytest.mark.slow
@@ -265,7 +273,7 @@ def test_backward_in_chunks(target, compile_launches):
     found = compile_launches(target, backward, inputs(2, 16))
     assert [c.kernel for c in found] == ['chunk_state_kernel', 'pass_state_kernel', 'scan_backward_kernel']
     for c in found:
-        hold(c, target, 255 if target.startswith('sm') else 266)
+        hold(c, target, 255 if target.startswith('sm') else 256)
 
 
 # ---- the short convolutions

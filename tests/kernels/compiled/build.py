@@ -40,8 +40,9 @@ def build(source: str, folder: Path, name: str, *options: str) -> Path:
     target = folder / name
     if target.exists():
         return target
-    command = [compiler(), *FLAGS, *options, f'-Wl,-soname,{name}', str(HERE / source), '-o', str(target), '-lm']
+    fresh = folder / f'{name}.{os.getpid()}'
+    command = [compiler(), *FLAGS, *options, f'-Wl,-soname,{name}', str(HERE / source), '-o', str(fresh), '-lm']
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         raise RuntimeError(f'{source}: {" ".join(command)} failed:\n{result.stderr[:2000]}')
-    return target
+    return fresh.rename(target)
