@@ -1,4 +1,4 @@
-"""The Triton RMSNorm against the float64 reference: in Triton's interpreter, and on a GPU where there is one."""
+"""The Triton RMSNorm against the float64 reference, wherever triton_runs can run it."""
 
 # T tokens, D channels
 
@@ -14,10 +14,14 @@ import cases_add_rms_norm as cases  # noqa: E402
 from cases_add_rms_norm import Case  # noqa: E402
 from triton_runs import (  # noqa: E402
     DEVICE,
+    in_the_first_process,
     poison,
     put_triton_first,
+    run_compiled,
     run_in_interpreter,
     skip_in_interpreter,
+    slow_if_compiled,
+    slow_when_compiled,
     where_it_runs,
 )
 
@@ -27,9 +31,23 @@ from ssm_kernels.ops.add_rms_norm import gpu  # noqa: E402
 TRITON = room.BACKENDS[0]
 
 
-@skip_in_interpreter
+@in_the_first_process
+@pytest.mark.slow
 def test_in_the_interpreter():
     run_in_interpreter(__file__)
+
+
+@in_the_first_process
+@pytest.mark.compiled
+def test_compiled():
+    run_compiled(__file__)
+
+
+@in_the_first_process
+@pytest.mark.slow
+@pytest.mark.parametrize(('capability', 'marks'), [(90, 'compiled and slow'), (80, 'compiled'), (100, 'compiled')])
+def test_compiled_in_full(capability, marks):
+    run_compiled(__file__, capability, marks=marks)
 
 
 @pytest.fixture
@@ -58,7 +76,9 @@ def test_float32_outputs_and_gradients(case, triton_row):
 
 @where_it_runs
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize('case', cases.CASES, ids=str)
+@pytest.mark.parametrize(
+    'case', slow_when_compiled(cases.CASES, 'two-tokens-start', '49-tokens-D-of-Vim', 'out-alone', 'view'), ids=str
+)
 def test_low_precision_outputs_and_gradients(case, dtype, triton_row):
     assert cases.problems(case, 'triton', dtype) == []
     assert len(triton_row) == 1
@@ -88,6 +108,7 @@ def test_programs_that_loop_over_several_tiles(added, monkeypatch):
     assert cases.problems(case, 'triton') == []
 
 
+@slow_if_compiled
 @where_it_runs
 @pytest.mark.parametrize('added', [True, False])
 def test_two_runs_and_two_backwards_give_the_same_bits(added):
@@ -138,6 +159,7 @@ def test_a_chain_of_blocks(dtype):
     assert cases.deviations(ours, plain, exact) == []
 
 
+@slow_if_compiled
 @where_it_runs
 def test_strided_rows_are_read_in_place_and_other_strides_work():
     x, residual, weight = tensors(tokens=(6,), D=8)
@@ -159,6 +181,7 @@ def test_offsets_past_two_to_the_31():
     assert all(map(torch.equal, add_rms_norm(odd, None, weight, backend='triton'), want))
 
 
+@slow_if_compiled
 @where_it_runs
 @pytest.mark.parametrize('added', [True, False])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
@@ -172,6 +195,7 @@ def test_operators_are_registered_properly(added, dtype):
         torch.library.opcheck(gpu.backward_op, (out, dstream, stream, rstd, args[2], dtype, added))
 
 
+@slow_if_compiled
 @where_it_runs
 def test_torch_compile_without_graph_breaks():
     leaves = [x.requires_grad_() for x in tensors(tokens=(6,), D=8)]
@@ -188,6 +212,7 @@ def test_torch_compile_without_graph_breaks():
         torch.testing.assert_close(a, b)
 
 
+@slow_if_compiled
 @where_it_runs
 def test_second_derivative_says_no():
     leaves = [x.requires_grad_() for x in tensors()]
@@ -206,7 +231,7 @@ def test_autocast_narrows_the_output_alone():
     assert torch.equal(out, want.bfloat16()) and torch.equal(new, stream)
 
 
-@pytest.mark.gpu
+@where_it_runs
 @skip_in_interpreter
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='CUDA graphs')
 def test_in_a_cuda_graph():

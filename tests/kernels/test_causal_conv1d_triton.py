@@ -1,4 +1,4 @@
-"""The Triton convolutions against the float64 reference: in Triton's interpreter, and on a GPU where there is one."""
+"""The Triton convolutions against the float64 reference, wherever triton_runs can run it."""
 
 # K directions, B batch, L tokens, D channels, W width
 
@@ -14,10 +14,14 @@ import cases_causal_conv1d as cases  # noqa: E402
 from cases_causal_conv1d import Case  # noqa: E402
 from triton_runs import (  # noqa: E402
     DEVICE,
+    in_the_first_process,
     poison,
     put_triton_first,
+    run_compiled,
     run_in_interpreter,
     skip_in_interpreter,
+    slow_if_compiled,
+    slow_when_compiled,
     where_it_runs,
 )
 
@@ -27,9 +31,23 @@ from ssm_kernels.ops.causal_conv1d import gpu  # noqa: E402
 TRITON = room.BACKENDS[0]
 
 
-@skip_in_interpreter
+@in_the_first_process
+@pytest.mark.slow
 def test_in_the_interpreter():
     run_in_interpreter(__file__)
+
+
+@in_the_first_process
+@pytest.mark.compiled
+def test_compiled():
+    run_compiled(__file__)
+
+
+@in_the_first_process
+@pytest.mark.slow
+@pytest.mark.parametrize(('capability', 'marks'), [(90, 'compiled and slow'), (80, 'compiled'), (100, 'compiled')])
+def test_compiled_in_full(capability, marks):
+    run_compiled(__file__, capability, marks=marks)
 
 
 @pytest.fixture
@@ -78,8 +96,21 @@ def test_rows_cover_every_padding_width_and_option():
             assert {getattr(case, option) for case in rows} == {False, True}, (padding, option)
 
 
+QUICK = (
+    'one-token-same-W3',
+    'two-tokens-causal',
+    'three-tokens-both-D-past-a-tile',
+    '49-tokens-both-view',
+    'one-past-a-chunk-both-W2-no-activation',
+    'one-past-a-chunk-causal-W3-no-options',
+    'one-past-a-chunk-anticausal-view',
+    'chunk-exactly-same-W2-no-bias',
+    'D1',
+)
+
+
 @where_it_runs
-@pytest.mark.parametrize('case', ROWS, ids=str)
+@pytest.mark.parametrize('case', slow_when_compiled(ROWS, *QUICK), ids=str)
 def test_float32_outputs_and_gradients(case, triton_row):
     assert cases.problems(case, 'triton') == []
     assert len(triton_row) == 1
@@ -95,10 +126,10 @@ def test_low_precision_outputs_and_gradients(case, dtype, triton_row):
     assert len(triton_row) == 1
 
 
-@pytest.mark.gpu
+@where_it_runs
 @skip_in_interpreter
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize('case', cases.CASES, ids=str)
+@pytest.mark.parametrize('case', slow_when_compiled(cases.CASES), ids=str)
 def test_shared_cases(case, dtype):
     assert cases.problems(case, 'triton', dtype) == []
 
@@ -119,6 +150,7 @@ def test_chunks_change_nothing_but_the_sums_over_tokens(padding, monkeypatch):
             torch.testing.assert_close(other[name], results[0][name], rtol=1e-5, atol=1e-5)
 
 
+@slow_if_compiled
 @where_it_runs
 def test_two_runs_and_two_backwards_give_the_same_bits():
     leaves = [x.requires_grad_() for x in tensors(Case('free', L=35, D=5, batch=1)).values()]
@@ -131,6 +163,7 @@ def test_two_runs_and_two_backwards_give_the_same_bits():
         assert torch.equal(a, b) and torch.equal(a, c), name
 
 
+@slow_if_compiled
 @where_it_runs
 def test_directions_equal_flips():
     x, weight, bias = tensors(Case('free', L=19, D=5, batch=1)).values()
@@ -142,6 +175,7 @@ def test_directions_equal_flips():
     torch.testing.assert_close(back, flipped, rtol=1e-6, atol=1e-6)
 
 
+@slow_if_compiled
 @where_it_runs
 def test_views_are_read_in_place_and_other_strides_work(monkeypatch):
     x, weight, bias = tensors(Case('free', L=5, D=8)).values()
@@ -173,6 +207,7 @@ def test_offsets_past_two_to_the_31():
         assert torch.equal(bidirectional_causal_conv1d(odd, weight, bias, backend='triton'), want)
 
 
+@slow_if_compiled
 @where_it_runs
 def test_gradient_strides_are_free():
     case = Case('free', L=5, D=6, batch=2)
@@ -196,6 +231,7 @@ def test_nan_stays_in_its_channel_and_window():
         assert y[0, list(hit), 2].isnan().all() and y.isnan().sum() == 4
 
 
+@slow_if_compiled
 @where_it_runs
 @pytest.mark.parametrize(('padding', 'bias'), [('both', True), ('anticausal', False)])
 def test_operators_are_registered_properly(padding, bias):
@@ -208,6 +244,7 @@ def test_operators_are_registered_properly(padding, bias):
     torch.library.opcheck(gpu.backward_op, (y, x, weight, bias, padding, True))
 
 
+@slow_if_compiled
 @where_it_runs
 def test_torch_compile_without_graph_breaks():
     leaves = [x.requires_grad_() for x in tensors(Case('free', L=5, D=6)).values()]
@@ -223,6 +260,7 @@ def test_torch_compile_without_graph_breaks():
         torch.testing.assert_close(a, b)
 
 
+@slow_if_compiled
 @where_it_runs
 def test_second_derivative_says_no():
     leaves = [x.requires_grad_() for x in tensors(Case('free', L=2, D=4)).values()]
@@ -232,7 +270,7 @@ def test_second_derivative_says_no():
         dx.sum().backward()
 
 
-@pytest.mark.gpu
+@where_it_runs
 @skip_in_interpreter
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='CUDA graphs')
 def test_in_a_cuda_graph():

@@ -1,4 +1,4 @@
-"""The Triton selective scan against the float64 reference: in Triton's interpreter, and on a GPU where there is one."""
+"""The Triton selective scan against the float64 reference, wherever triton_runs can run it."""
 
 # K directions, B batch, L tokens, D channels, N state size, G groups of channels
 
@@ -14,10 +14,14 @@ import cases  # noqa: E402
 from cases import Case  # noqa: E402
 from triton_runs import (  # noqa: E402
     DEVICE,
+    in_the_first_process,
     poison,
     put_triton_first,
+    run_compiled,
     run_in_interpreter,
     skip_in_interpreter,
+    slow_if_compiled,
+    slow_when_compiled,
     where_it_runs,
 )
 
@@ -27,9 +31,23 @@ from ssm_kernels.ops.selective_scan import gpu  # noqa: E402
 TRITON = room.BACKENDS[0]
 
 
-@skip_in_interpreter
+@in_the_first_process
+@pytest.mark.slow
 def test_in_the_interpreter():
     run_in_interpreter(__file__)
+
+
+@in_the_first_process
+@pytest.mark.compiled
+def test_compiled():
+    run_compiled(__file__)
+
+
+@in_the_first_process
+@pytest.mark.slow
+@pytest.mark.parametrize(('capability', 'marks'), [(90, 'compiled and slow'), (80, 'compiled'), (100, 'compiled')])
+def test_compiled_in_full(capability, marks):
+    run_compiled(__file__, capability, marks=marks)
 
 
 @pytest.fixture
@@ -55,7 +73,7 @@ def cut(monkeypatch):
 
 ROWS = (
     Case('one-token', L=1, D=5),
-    Case('two-tokens-both', L=2, D=5, both=True),
+    Case('two-tokens-both', L=2, D=5, N=4, both=True),
     Case('three-tokens-reverse-N16-D-past-a-tile', L=3, D=40, N=16, batch=1, reverse=True),
     Case('49-tokens-both-D-past-a-tile', L=49, D=33, N=3, batch=1, both=True, scale=0.5),
     Case('197-tokens', L=197, D=7, N=2, batch=1),
@@ -78,8 +96,20 @@ ROWS = (
 )
 
 
+QUICK = (
+    'two-tokens-both',
+    'three-tokens-reverse-N16-D-past-a-tile',
+    '49-tokens-both-D-past-a-tile',
+    'one-past-a-chunk-N5-reverse',
+    'three-groups-both',
+    'no-options-both',
+    'constant-B',
+    'constant-C-both',
+)
+
+
 @where_it_runs
-@pytest.mark.parametrize('case', ROWS, ids=str)
+@pytest.mark.parametrize('case', slow_when_compiled(ROWS, *QUICK), ids=str)
 def test_float32_outputs_and_gradients(case, triton_row):
     assert cases.problems(case, 'triton') == []
     assert len(triton_row) == 1
@@ -89,7 +119,10 @@ def test_float32_outputs_and_gradients(case, triton_row):
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
     'case',
-    [Case('both-N16', L=9, D=8, N=16, batch=1, both=True), Case('grouped-N5', L=17, D=6, N=5, G=2, batch=1)],
+    slow_when_compiled(
+        [Case('both-N16', L=9, D=8, N=16, batch=1, both=True), Case('grouped-N5', L=17, D=6, N=5, G=2, batch=1)],
+        'grouped-N5',
+    ),
     ids=str,
 )
 def test_low_precision_outputs_and_gradients(case, dtype, triton_row):
@@ -97,10 +130,10 @@ def test_low_precision_outputs_and_gradients(case, dtype, triton_row):
     assert len(triton_row) == 1
 
 
-@pytest.mark.gpu
+@where_it_runs
 @skip_in_interpreter
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize('case', cases.CASES, ids=str)
+@pytest.mark.parametrize('case', slow_when_compiled(cases.CASES), ids=str)
 def test_shared_cases(case, dtype):
     assert cases.problems(case, 'triton', dtype) == []
 
@@ -123,6 +156,7 @@ def test_inference_keeps_no_states_and_cuts_finer(both, monkeypatch):
     assert states in kept and all(len(shape) < 5 or shape == states for shape in kept)
 
 
+@slow_if_compiled
 @where_it_runs
 @pytest.mark.parametrize('both', [False, True])
 def test_chunks_change_rounding_only(both, cut):
@@ -136,6 +170,7 @@ def test_chunks_change_rounding_only(both, cut):
             assert cases.error(x, whole[name].double()) < 1e-6, (name, block, per_chunk)
 
 
+@slow_if_compiled
 @where_it_runs
 def test_two_runs_and_two_backwards_give_the_same_bits(cut):
     cut(4)
@@ -152,7 +187,7 @@ def test_two_runs_and_two_backwards_give_the_same_bits(cut):
 @where_it_runs
 def test_programs_that_loop_over_several_pieces_of_work(cut, monkeypatch):
     cut(4)
-    case = Case('free', L=11, D=5, N=4)
+    case = Case('free', L=11, D=5, N=2)
     inputs = cases.make_inputs(case)
     expected = cases.run(case, inputs, torch.float32, 'triton')
     monkeypatch.setattr(gpu, 'MAX_BACKWARD_PROGRAMS', 4)  # for six pieces
@@ -160,6 +195,7 @@ def test_programs_that_loop_over_several_pieces_of_work(cut, monkeypatch):
         assert torch.equal(x, expected[name]), name
 
 
+@slow_if_compiled
 @where_it_runs
 def test_reverse_equals_the_scan_of_flipped_tokens(cut):
     cut(8)
@@ -172,6 +208,7 @@ def test_reverse_equals_the_scan_of_flipped_tokens(cut):
     assert torch.equal(y, y_flipped.flip(1)) and torch.equal(state, state_flipped)
 
 
+@slow_if_compiled
 @where_it_runs
 @pytest.mark.parametrize(
     ('width', 'dtype', 'pack'),
@@ -199,6 +236,7 @@ def test_slices_of_projections_are_read_in_place(width, dtype, pack):
     assert torch.equal(selective_scan(**sliced, **options), selective_scan(**x, **options))
 
 
+@slow_if_compiled
 @where_it_runs
 def test_channels_first_and_expanded_inputs():
     x = tensors(Case('free', L=3, D=4, both=True))
@@ -214,7 +252,7 @@ def test_channels_first_and_expanded_inputs():
 
 @where_it_runs
 def test_offsets_past_two_to_the_31():
-    x = tensors(Case('free', L=2, D=4, batch=3), torch.bfloat16)
+    x = tensors(Case('free', L=2, D=4, N=2, batch=3), torch.bfloat16)
     far = torch.empty(2**31 + 64, dtype=torch.bfloat16, device=DEVICE)  # pages that nobody touches cost nothing
     u = far.as_strided((3, 2, 4), (2**30, 4, 1))
     u.copy_(x['u'])
@@ -222,6 +260,7 @@ def test_offsets_past_two_to_the_31():
     assert torch.equal(selective_scan(**(x | {'u': u}), **options), selective_scan(**x, **options))
 
 
+@slow_if_compiled
 @where_it_runs
 @pytest.mark.parametrize('value', [1e-6, 50.0])
 def test_tiny_and_large_steps(value):
@@ -238,6 +277,7 @@ def test_tiny_and_large_steps(value):
         assert cases.error(ours, exact) <= max(2 * cases.error(plain, exact), 4e-7)
 
 
+@slow_if_compiled
 @where_it_runs
 def test_masked_and_invalid_steps():
     x = tensors(Case('free', L=6, D=4, batch=1))
@@ -251,6 +291,7 @@ def test_masked_and_invalid_steps():
     assert torch.isnan(y[:, 4:]).all() and torch.isfinite(y[:, :4]).all()
 
 
+@slow_if_compiled
 @where_it_runs
 def test_gradient_of_the_last_state_alone_and_of_few_inputs():
     case = Case('free', L=5, D=4, batch=1)
@@ -263,6 +304,7 @@ def test_gradient_of_the_last_state_alone_and_of_few_inputs():
     assert cases.error(*grads) < 1e-6
 
 
+@slow_if_compiled
 @where_it_runs
 def test_operators_are_registered_properly():
     case = Case('free', L=2, D=4, N=2)
@@ -281,6 +323,7 @@ def test_operators_are_registered_properly():
     assert [g.shape for g in grads] == [t.shape for t in trained]
 
 
+@slow_if_compiled
 @where_it_runs
 def test_second_derivative_says_no():
     x = {name: t.requires_grad_() for name, t in tensors(Case('free', L=2, D=4)).items()}

@@ -9,6 +9,7 @@ arguments are specialised as on a device. Register tables are printed (pytest -s
 import os
 import re
 import subprocess
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +35,12 @@ TARGETS = {
     'sm_100': GPUTarget('cuda', 100, 32),
     'gfx942': GPUTarget('hip', 'gfx942', 64),
 }
+
+
+# (version, target, kernel) -> registers and spills that this version is known to need where others hold the bound
+KNOWN = {((3, 6), 'gfx942', 'scan_backward_kernel'): (266, 0)}
+# a new version that misses its bound by no more than this gets a warning: look, and enter it above
+A_FEW_REGISTERS, A_FEW_SPILLS = 16, 64
 
 
 class NamesItsTarget:
@@ -66,6 +73,29 @@ class Compiled:
     registers: int
     spilled: int  # bytes of stack, or spilled vector registers on AMD
     loops: tuple[Loop, ...]
+
+
+def hold(found: Compiled, target: str, registers: int) -> None:
+    """Fails if a kernel misses its bound on registers, or spills, by much more than is known; warns if by a little."""
+    registers, spills = KNOWN.get((TRITON, target, found.kernel), (registers, 0))
+    for what, needed, bound, slack in (
+        ('registers', found.registers, registers, A_FEW_REGISTERS),
+        ('spills', found.spilled, spills, A_FEW_SPILLS),
+    ):
+        line = f'{found.kernel} for {target}, Triton {triton.__version__}: {needed} {what}, the bound is {bound}'
+        assert needed <= bound + slack, line
+        if needed > bound:
+            warnings.warn(line, stacklevel=2)
+
+
+def test_a_bound_missed_by_a_little_warns_and_by_much_fails():
+    hold(Compiled('kernel', 128, 0, ()), 'sm_90', 128)
+    for registers, spills in ((128 + A_FEW_REGISTERS, 0), (128, A_FEW_SPILLS)):
+        with pytest.warns(UserWarning, match=r'^kernel for sm_90, Triton \S+: \d+ (registers|spills), the bound is'):
+            hold(Compiled('kernel', registers, spills, ()), 'sm_90', 128)
+    for registers, spills in ((129 + A_FEW_REGISTERS, 0), (128, 1 + A_FEW_SPILLS)):
+        with pytest.raises(AssertionError, match='the bound is'):
+            hold(Compiled('kernel', registers, spills, ()), 'sm_90', 128)
 
 
 def read_cubin(kernel: str, cubin: bytes, folder: Path) -> Compiled:
@@ -195,11 +225,8 @@ def test_forward_in_one_pass_with_two_channels_to_a_lane(target, N, compile_laun
 
 def check_forward(found, target, K, N, most, lanes=1):
     for c in found:
-        assert c.spilled == 0, c.kernel
-        if target.startswith('sm'):
-            assert c.registers <= most, (c.kernel, c.registers)
+        hold(c, target, most if target.startswith('sm') else 256)  # 256: two wavefronts on a SIMD of AMD's
     if not target.startswith('sm'):
-        assert all(c.registers <= 256 for c in found)  # two wavefronts on a SIMD
         return
     for c in found:
         loops = [loop for loop in c.loops if loop.count('MUFU')]
@@ -237,9 +264,7 @@ BACKWARD = [
 def test_backward(target, K, N, dtype, constant, compile_launches):
     (found,) = compile_launches(target, backward, inputs(K, N, dtype, L=64, constant=constant))
     assert found.kernel == 'scan_backward_kernel'
-    # 256: two wavefronts on a SIMD of AMD's, which the compiler of Triton 3.6 misses by ten registers
-    most = 255 if target.startswith('sm') else 256 if TRITON >= (3, 7) else 272
-    assert found.spilled == 0 and found.registers <= most
+    hold(found, target, 255 if target.startswith('sm') else 256)  # 256: two wavefronts on a SIMD of AMD's
 
 
 @pytest.mark.slow
@@ -247,7 +272,8 @@ def test_backward(target, K, N, dtype, constant, compile_launches):
 def test_backward_in_chunks(target, compile_launches):
     found = compile_launches(target, backward, inputs(2, 16))
     assert [c.kernel for c in found] == ['chunk_state_kernel', 'pass_state_kernel', 'scan_backward_kernel']
-    assert all(c.spilled == 0 for c in found)
+    for c in found:
+        hold(c, target, 255 if target.startswith('sm') else 256)
 
 
 # ---- the short convolutions
@@ -286,9 +312,9 @@ def test_convolution(target, padding, W, dtype, D, compile_launches):
     (forward,) = compile_launches(target, conv_gpu._forward, *x)
     (backward,) = compile_launches(target, conv_backward, *x)
     assert (forward.kernel, backward.kernel) == ('conv_forward_kernel', 'conv_backward_kernel')
-    assert forward.spilled == backward.spilled == 0
     # 32 and 16 warps on a multiprocessor of NVIDIA's, 8 and 4 wavefronts on a SIMD of AMD's
-    assert forward.registers <= 64 and backward.registers <= 128
+    hold(forward, target, 64)
+    hold(backward, target, 128)
     if target.startswith('sm') and D != 33:  # rows of 33 cannot be read two values at a time
         K, U, lanes = x[1].shape[0], conv_gpu.UNROLL, 1 if D == 160 else 2
         (ahead,), (back,) = forward.loops, backward.loops
@@ -332,6 +358,5 @@ def test_norm(target, D, dtype, added, compile_launches):
     found += compile_launches(target, norm_backward, D, dtype, added)
     assert [c.kernel for c in found] == ['norm_forward_kernel', 'norm_backward_kernel']
     for c in found:
-        assert c.spilled == 0
         # 128: all that 16 warps can have; rows of 33 are read value by value
-        assert c.registers <= (64 if D <= 1024 and D != 33 else 128)
+        hold(c, target, 64 if D <= 1024 and D != 33 else 128)

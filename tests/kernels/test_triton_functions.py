@@ -6,14 +6,14 @@ import torch
 
 triton = pytest.importorskip('triton')
 import triton.language as tl  # noqa: E402
-from triton_runs import DEVICE, INTERPRETED, run_in_interpreter, skip_in_interpreter  # noqa: E402
+from triton_runs import DEVICE, INTERPRETED, in_the_first_process, run_in_interpreter  # noqa: E402
 
 from ssm_kernels.triton_utils import exp2, exp_neg_abs, sigmoid, softplus  # noqa: E402
 
 NORMAL, ULP, BLOCK = 2.0**-126, 2.0**-23, 4096
 
 
-@skip_in_interpreter
+@in_the_first_process
 def test_in_the_interpreter():
     run_in_interpreter(__file__)
 
