@@ -69,6 +69,10 @@ def test_forward_and_backward(name, triton_takes_every_device):
         model = MODELS[name](scan_backend=backend).eval().to(device, dtype)
         model.load_state_dict(weights)
         results.append({n: x.cpu() for n, x in run(model, image.to(device, dtype)).items()})
+    if COMPILED:
+        from compiled import launches
+
+        assert launches.counted['scan_forward_kernel'] and launches.counted['scan_backward_kernel']
     exact, plain, ours = results
     assert exact.keys() == ours.keys() and len(ours) > 20
     # the parts that are not ours round as well, so the bound follows the worst tensor of plain PyTorch

@@ -73,7 +73,7 @@ def cut(monkeypatch):
 
 ROWS = (
     Case('one-token', L=1, D=5),
-    Case('two-tokens-both', L=2, D=5, N=4, both=True),
+    Case('two-tokens-both', L=2, D=5, both=True),
     Case('three-tokens-reverse-N16-D-past-a-tile', L=3, D=40, N=16, batch=1, reverse=True),
     Case('49-tokens-both-D-past-a-tile', L=49, D=33, N=3, batch=1, both=True, scale=0.5),
     Case('197-tokens', L=197, D=7, N=2, batch=1),
@@ -97,14 +97,12 @@ ROWS = (
 
 
 QUICK = (
-    'two-tokens-both',
     'three-tokens-reverse-N16-D-past-a-tile',
     '49-tokens-both-D-past-a-tile',
     'one-past-a-chunk-N5-reverse',
     'three-groups-both',
     'no-options-both',
     'constant-B',
-    'constant-C-both',
 )
 
 
