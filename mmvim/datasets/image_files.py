@@ -3,9 +3,11 @@
 import os
 import stat
 import time
+import unicodedata
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
+from urllib.parse import unquote
 
 import mmcv
 import numpy as np
@@ -28,12 +30,15 @@ class Header(NamedTuple):
     format: str = ''
 
 
-def problem(path: str) -> str | None:
-    """Why a file cannot be used, to follow its name; None if it is a file with something in it."""
+def problem(path: str, hint: bool = True) -> str | None:
+    """Why a file cannot be used, to follow its name; None if it is a file with something in it.
+
+    The hint is a similar name, for which the folder is listed.
+    """
     try:
         state = os.stat(path)
     except FileNotFoundError:
-        return f'does not exist{_similar(path)}'
+        return f'does not exist{similar(path) if hint else ""}'
     except OSError as error:
         return f'cannot be opened ({error.strerror})'
     if not stat.S_ISREG(state.st_mode):
@@ -41,15 +46,24 @@ def problem(path: str) -> str | None:
     return None if state.st_size else 'is empty'
 
 
-def _similar(path: str) -> str:
+def similar(path: str) -> str:
+    """What there is in place of a file that does not exist: a name that differs in suffix, case or spelling."""
     folder, name = os.path.split(path)
     if os.path.islink(path):
         return f", as the link points to '{os.readlink(path)}'"
     if not os.path.isdir(folder):
         return f" (nor does its folder '{folder}')"
-    stem = os.path.splitext(name)[0].lower()
-    close = sorted(other for other in os.listdir(folder) if os.path.splitext(other)[0].lower() == stem)
-    return f" ('{close[0]}' does)" if close else ''
+    close = sorted(other for other in os.listdir(folder) if _spelling(other) == _spelling(name))
+    return f' ({ascii(close[0]) if _looks(close[0]) == _looks(name) else repr(close[0])} does)' if close else ''
+
+
+def _looks(name: str) -> str:
+    return unicodedata.normalize('NFC', name)
+
+
+def _spelling(name: str) -> str:
+    """A name without what exporters change: suffix, case, blanks, %20 in place of a blank, composed accents."""
+    return os.path.splitext(_looks(unquote(name)).strip())[0].casefold()
 
 
 def in_time(work: Callable, items: Sequence, seconds: float) -> list:

@@ -106,10 +106,11 @@ def check_existence(pairs: Sequence[Pair], loader: str) -> None:
     for what in ('label_map', 'image'):
         paths = [getattr(pair, what) for pair in pairs]
         with ThreadPoolExecutor(THREADS) as pool:
-            problems = list(pool.map(problem, paths))
+            problems = list(pool.map(lambda path: problem(path, hint=False), paths))
         bad = [(path, reason) for path, reason in zip(paths, problems, strict=True) if reason]
         if bad:
-            path, reason = bad[0]
+            path = bad[0][0]
+            reason = problem(path)  # only one hint, for which a folder is listed
             name = what.replace('_', ' ')
             count = f'{len(bad)} of {len(paths)} {name}s of {loader} cannot be used, the first: ' if bad[1:] else ''
             remedy = (
