@@ -6,7 +6,7 @@ import time
 import unicodedata
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 from urllib.parse import unquote
 
 import mmcv
@@ -14,20 +14,23 @@ import numpy as np
 from PIL import Image
 
 from mmvim.errors import DataError
+from mmvim.pixels import warn_once
 
 THREADS = 8
 END_MARKS = {'JPEG': b'\xff\xd9', 'PNG': b'IEND\xaeB`\x82'}
 IMAGES = ('.jpg', '.jpeg', '.png', '.tif', '.tiff', '.bmp', '.webp')
 ORIENTATION = 0x0112  # EXIF
+BITS_PER_SAMPLE = 258  # TIFF
 
 
 class Header(NamedTuple):
-    """Height and width of an image as stored, its EXIF orientation, mode and format."""
+    """Height and width of an image as stored, its EXIF orientation, mode, format and bits per value."""
 
     size: tuple[int, int]
     orientation: int = 1
     mode: str = ''
     format: str = ''
+    bits: int = 8
 
 
 def problem(path: str, hint: bool = True) -> str | None:
@@ -87,7 +90,7 @@ def read_header(what: str, path: str) -> Header | None:
             orientation = image.getexif().get(ORIENTATION, 1) if 'exif' in image.info or image.format == 'TIFF' else 1
         except Exception:
             return None
-        header = Header(image.size[::-1], orientation, image.mode, image.format or '')
+        header = Header(image.size[::-1], orientation, image.mode, image.format or '', _bits(image, file))
         file.seek(max(0, os.fstat(file.fileno()).st_size - 64))
         if not file.read().rstrip(b'\0\r\n ').endswith(END_MARKS.get(header.format, b'\0')):
             try:
@@ -95,6 +98,31 @@ def read_header(what: str, path: str) -> Header | None:
             except Exception as error:
                 raise unreadable(what, path, error) from None
     return header
+
+
+def _bits(image: Image.Image, file: BinaryIO) -> int:
+    """Bits per value, of which the mode of PIL tells nothing for colours."""
+    if image.format == 'PNG':
+        file.seek(24)
+        return file.read(1)[0]
+    if image.format == 'TIFF':
+        return max(getattr(image, 'tag_v2', {}).get(BITS_PER_SAMPLE, (8,)))
+    return 8
+
+
+def check_depth(path: str, header: Header | None, loader: Any) -> None:
+    """Warn of an image whose lower bits the hosts' loader drops, and refuse one that it cannot read.
+
+    Raises:
+        DataError: if a value has more than 16 bits.
+    """
+    ours = type(loader).__module__.startswith('mmvim.')  # names such images itself
+    if header is None or header.bits <= 8 or loader is None or ours or loader.color_type == 'unchanged':
+        return
+    remedy = "load it with type='mmvim.LoadImageFromFile' and value_range=(black, white) in the pipeline"
+    if header.bits > 16:
+        raise DataError(f"image '{path}' has {header.bits} bits per value, which this pipeline cannot read: {remedy}")
+    warn_once(path, f'has {header.bits} bits per value, of which the lower 8 are dropped: {remedy}')
 
 
 def decode(path: str, color_type: str = 'color', backend: str = 'cv2') -> np.ndarray:
