@@ -106,7 +106,7 @@ def _bits(image: Image.Image, file: BinaryIO) -> int:
         file.seek(24)
         return file.read(1)[0]
     if image.format == 'TIFF':
-        return max(getattr(image, 'tag_v2', {}).get(BITS_PER_SAMPLE, (8,)))
+        return max(getattr(image, 'tag_v2', {}).get(BITS_PER_SAMPLE) or (8,))
     return 8
 
 
@@ -116,8 +116,10 @@ def check_depth(path: str, header: Header | None, loader: Any) -> None:
     Raises:
         DataError: if a value has more than 16 bits.
     """
+    if header is None or header.bits <= 8 or loader is None:
+        return
     ours = type(loader).__module__.startswith('mmvim.')  # names such images itself
-    if header is None or header.bits <= 8 or loader is None or ours or loader.color_type == 'unchanged':
+    if ours or loader.color_type == 'unchanged' or loader.imdecode_backend not in (None, 'cv2'):
         return
     remedy = "load it with type='mmvim.LoadImageFromFile' and value_range=(black, white) in the pipeline"
     if header.bits > 16:

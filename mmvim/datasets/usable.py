@@ -148,9 +148,9 @@ def _report_empty(
     if not empty or not found:
         return
     names = [category['name'] for category in empty]
-    groups = {category.get('supercategory') for category in content['categories'] if category not in empty}
+    groups = [c.get('supercategory') for c in content['categories'] if c['id'] in found]
     parents = [name for name in names if name in groups]
-    hint = f'; {parents[0]!r} is the supercategory of others: give classes without it' if parents else ''
+    hint = f'; {parents[0]!r} is the supercategory of others: set classes to those' if parents else ''
     effect = 'they are not learnt' if training else 'the metrics leave them out'
     rest = f' and {len(names) - 10} others' if names[10:] else ''
     _log(f"annotation file '{path}' has no annotation of {names[:10]}{rest}, {effect}{hint}", WARNING)

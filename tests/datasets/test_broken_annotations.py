@@ -371,7 +371,7 @@ def test_a_supercategory_that_is_listed_as_a_class_is_named(home, caplog):
     content = good()
     for category in content['categories']:
         category['supercategory'] = 'fruits'
-    content['categories'].insert(0, dict(id=0, name='fruits', supercategory='none'))
+    content['categories'].insert(0, dict(id=0, name='fruits', supercategory=['none']))
     build(home, content)
     assert "['fruits'], they are not learnt; 'fruits' is the supercategory of others" in caplog.text
     MMLogger.get_current_instance().removeHandler(caplog.handler)
