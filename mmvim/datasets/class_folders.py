@@ -7,11 +7,12 @@ from pathlib import Path
 from mmvim.datasets.image_files import IMAGES
 from mmvim.errors import DataError
 
+SYSTEM = {'__MACOSX', '@eaDir', '$RECYCLE.BIN', 'System Volume Information', 'lost+found'}  # no classes
 SPLITS = {'train', 'training', 'val', 'valid', 'validation', 'test', 'testing'}
 
 
 def class_folders(root: str) -> tuple[str, ...]:
-    """Names of the class folders in a folder, sorted; hidden folders are none.
+    """Names of the class folders in a folder, sorted; hidden folders and those of systems are none.
 
     Raises:
         DataError: if there are none, or they are the splits of a data set.
@@ -22,7 +23,7 @@ def class_folders(root: str) -> tuple[str, ...]:
             'that hold a folder of images per class'
         )
     with os.scandir(root) as entries:
-        visible = [entry for entry in entries if not entry.name.startswith('.')]
+        visible = [entry for entry in entries if not entry.name.startswith('.') and entry.name not in SYSTEM]
         names = tuple(sorted(entry.name for entry in visible if entry.is_dir()))
     if not names:
         images = sum(entry.name.lower().endswith(IMAGES) for entry in visible)

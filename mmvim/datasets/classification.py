@@ -4,6 +4,7 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from mmengine.logging import print_log
@@ -11,7 +12,7 @@ from mmpretrain.datasets import CustomDataset
 
 from mmvim.arguments import check_flags
 from mmvim.datasets.class_folders import class_folders, files_below
-from mmvim.datasets.image_files import IMAGES, decode, in_time, problem, read_header
+from mmvim.datasets.image_files import IMAGES, check_depth, decode, in_time, problem, read_header
 from mmvim.errors import DataError
 from mmvim.registry import DATASETS
 
@@ -66,8 +67,9 @@ class ClassFolderDataset(CustomDataset):
         """Images, relative to the folder, and the index of the class of each."""
         root = self.img_prefix
         folders = class_folders(root)
-        if self.CLASSES is None:
-            self._metainfo['classes'] = folders
+        given = self.CLASSES
+        names = folders if given is None else (given,) if isinstance(given, str) else given
+        self._metainfo['classes'] = tuple(map(str, names))
         self._compare(folders, list(self.CLASSES))
         self.folder_to_idx = {name: index for index, name in enumerate(self.CLASSES) if name in folders}
         samples = [
@@ -135,8 +137,9 @@ class ClassFolderDataset(CustomDataset):
 
     def _usable(self, samples: list[tuple[str, int]]) -> list[tuple[str, int]]:
         order = range(len(samples)) if self.skip_bad_images else np.random.default_rng(0).permutation(len(samples))
+        loader = next((step for step in self.pipeline.transforms if hasattr(step, 'imdecode_backend')), None)
         problems = in_time(
-            lambda i: (i, _trouble(samples[i][0])), order, float('inf') if self.skip_bad_images else SECONDS
+            lambda i: (i, _trouble(samples[i][0], loader)), order, float('inf') if self.skip_bad_images else SECONDS
         )
         bad = sorted((samples[i][0], text) for i, text in problems if text)
         if bad and not self.skip_bad_images:
@@ -153,14 +156,16 @@ class ClassFolderDataset(CustomDataset):
         return [sample for sample in samples if sample[0] not in gone]
 
 
-def _trouble(path: str) -> str | None:
+def _trouble(path: str, loader: Any) -> str | None:
     """What is wrong with an image file; None if nothing is."""
     reason = problem(path)
     if reason:
         return f"image '{path}' {reason}"
     try:
-        if read_header('image', path) is None:
+        header = read_header('image', path)
+        if header is None:
             decode(path)
+        check_depth(path, header, loader)
     except DataError as error:
         return str(error)
     return None

@@ -12,6 +12,7 @@ from mmengine.logging import print_log
 
 from mmvim.arguments import check_choice, check_flags
 from mmvim.datasets.annotations import class_names, read_annotations
+from mmvim.datasets.image_files import similar
 from mmvim.datasets.image_paths import check_paths
 from mmvim.datasets.shapes import CLASSES, PALETTE, SPLITS, ensure_shapes
 from mmvim.datasets.transforms import read_image
@@ -141,7 +142,8 @@ class CocoFolderDataset(CocoDataset):
             if not self.test_mode and not any(not i['ignore_flag'] for s in samples for i in s['instances']):
                 raise DataError(f"the images of '{self.ann_file}' that can be read leave nothing to learn from")
         elif missing:
-            hint = '; its \\ separates folders on Windows only, write /' if '\\' in missing[0] else ''
+            backslash = '; its \\ separates folders on Windows only, write /'
+            hint = backslash if '\\' in missing[0] else similar(missing[0])
             raise DataError(
                 f"{len(missing)} of {len(samples)} images of '{self.ann_file}' do not exist, the first is "
                 f"'{missing[0]}'{hint}: correct the image folder (train_img, val_img), or set skip_bad_images=True to "

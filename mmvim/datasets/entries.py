@@ -18,6 +18,7 @@ from mmvim.datasets.masks import (
     check_polygons,
     check_rle,
     compressed_pixels,
+    differs,
     is_flat,
 )
 from mmvim.errors import DataError
@@ -26,6 +27,7 @@ LARGEST = 2**31  # pixels of an image; pycocotools counts in 32 bits
 LARGEST_ID = 2**63
 CHUNK = 200_000  # annotations between two lines of progress
 BATCH = 500_000  # characters of compressed masks checked together
+FOREIGN = {'segments_info': 'that of a panoptic file', 'caption': 'a caption'}  # by a key of theirs
 FLAGS = (0, 1)  # equal to 0.0, 1.0, False and True
 
 
@@ -166,6 +168,7 @@ class _Annotations:
         self.compressed: list[tuple[int, str, int, int]] = []  # index, counts, height, width
         self.characters = 0  # of these
         self.astray: list[int] = []  # indices of masks that lie outside their boxes
+        self.unlike: list[int] = []  # indices of masks with another extent than their boxes
         self.polygons = 0
 
     def check(self) -> None:
@@ -175,14 +178,17 @@ class _Annotations:
                 print_log(f"checking annotation file '{self.path}': {index} of {total} annotations", 'current')
             try:
                 self._check_entry(entry, index)
-            except (_WrongError, BadMaskError) as error:
-                self._refuse(index, error)
+            except _WrongError as error:
+                self._refuse(index, f' {error}')
+            except BadMaskError as error:
+                self._refuse(index, f': {error}')
         self._check_compressed()
         self._report_astray()
+        self._report_unlike()
         self._complete_ids()
 
-    def _refuse(self, index: int, error: ValueError) -> None:
-        raise DataError(f"annotation file '{self.path}': {self._name(index)} {error}") from None
+    def _refuse(self, index: int, text: str) -> None:
+        raise DataError(f"annotation file '{self.path}': {self._name(index)}{text}") from None
 
     def _name(self, index: int) -> str:
         entry = self.entries[index]
@@ -192,6 +198,9 @@ class _Annotations:
     def _check_entry(self, entry: object, index: int) -> None:
         if type(entry) is not dict:
             raise _WrongError(f'is {_describe(entry)}: it must be an object {{...}}')
+        kind = next((kind for key, kind in FOREIGN.items() if key in entry and 'bbox' not in entry), None)
+        if kind:
+            raise _WrongError(f'is {kind}: export the data set for object detection, with a bbox for each object')
         self._check_reference(entry.get('image_id'), self.sizes, 'image_id', 'images')
         self._check_reference(entry.get('category_id'), self.categories, 'category_id', 'categories')
         height, width = self.sizes[entry['image_id']]
@@ -239,6 +248,8 @@ class _Annotations:
             self.polygons += 1
             if x0 > x + w + 1 or x1 < x - 1 or y0 > y + h + 1 or y1 < y - 1:
                 self.astray.append(index)
+            elif differs((x0, y0, x1 - x0, y1 - y0), entry['bbox']):
+                self.unlike.append(index)
         elif not isinstance(mask, dict):
             raise _WrongError(
                 f'has the segmentation {_describe(mask)}: it must be a list of polygons, or RLE with size and counts'
@@ -257,7 +268,7 @@ class _Annotations:
                 try:
                     check_compressed(counts, height, width)
                 except BadMaskError as error:
-                    self._refuse(index, error)
+                    self._refuse(index, f': {error}')
 
     def _complete_ids(self) -> None:
         """Number the annotations where their ids do not: COCOeval takes 0 for "no match", and needs numbers."""
@@ -281,6 +292,18 @@ class _Annotations:
         if 2 * len(self.astray) > self.polygons:
             raise DataError(text)
         print_log(text, 'current', 30)
+
+    def _report_unlike(self) -> None:
+        if 2 * len(self.unlike) <= self.polygons:
+            return
+        first = self.entries[self.unlike[0]]
+        print_log(
+            f"annotation file '{self.path}': {len(self.unlike)} of {self.polygons} masks match their boxes by less "
+            f'than half, the first is {self._name(self.unlike[0])} with bbox {shown(first["bbox"])} and segmentation '
+            f'{shown(first["segmentation"])}: a bbox is (x, y, width, height), x and y are its upper left corner',
+            'current',
+            30,
+        )
 
 
 def _check_box(box: object, height: int, width: int) -> None:

@@ -56,6 +56,14 @@ def check_polygons(polygons: list, height: int, width: int) -> Extent:
     return min(xs), min(ys), max(xs), max(ys)
 
 
+def differs(extent: Sequence[float], box: Sequence[float]) -> bool:
+    """Whether two boxes (x, y, width, height) have an intersection of less than half of their union."""
+    (x, y, w, h), (x2, y2, w2, h2) = extent, box
+    across, down = min(x + w, x2 + w2) - max(x, x2), min(y + h, y2 + h2) - max(y, y2)
+    common = max(across, 0) * max(down, 0)
+    return 2 * common < w * h + w2 * h2 - common
+
+
 def check_rle(mask: dict, height: int, width: int) -> bool:
     """Check run lengths; those of a compressed mask are left to :func:`check_compressed`.
 

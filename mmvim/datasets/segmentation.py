@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mmvim.compat.label_maps import decode_label_map, relabel
-from mmvim.datasets.image_files import IMAGES, THREADS, Header, decode, problem, read_header
+from mmvim.datasets.image_files import IMAGES, THREADS, Header, check_depth, decode, problem, read_header
 from mmvim.datasets.pipelines import other_size, plain_datasets, resizes_to_one_size, same_aspect
 from mmvim.errors import DataError
 
@@ -27,6 +27,7 @@ class Pair(NamedTuple):
         any_size: whether the pipeline brings both to one size first.
         reduce_zero_label: as in MMSegmentation.
         renumbering: label_map of MMSegmentation, new classes by old.
+        loader: transform that loads the image.
     """
 
     image: str
@@ -36,6 +37,7 @@ class Pair(NamedTuple):
     any_size: bool
     reduce_zero_label: bool
     renumbering: dict | None
+    loader: Any = None
 
 
 class Values(NamedTuple):
@@ -91,6 +93,7 @@ def pairs_of(dataset: Any) -> list[Pair]:
             resizes_to_one_size(dataset.pipeline.transforms),
             bool(sample.get('reduce_zero_label')),
             sample.get('label_map'),
+            loader,
         )
         for sample in samples
         if sample.get('seg_map_path') and '://' not in sample['img_path']
@@ -106,10 +109,11 @@ def check_existence(pairs: Sequence[Pair], loader: str) -> None:
     for what in ('label_map', 'image'):
         paths = [getattr(pair, what) for pair in pairs]
         with ThreadPoolExecutor(THREADS) as pool:
-            problems = list(pool.map(problem, paths))
+            problems = list(pool.map(lambda path: problem(path, hint=False), paths))
         bad = [(path, reason) for path, reason in zip(paths, problems, strict=True) if reason]
         if bad:
-            path, reason = bad[0]
+            path = bad[0][0]
+            reason = problem(path)  # only one hint, for which a folder is listed
             name = what.replace('_', ' ')
             count = f'{len(bad)} of {len(paths)} {name}s of {loader} cannot be used, the first: ' if bad[1:] else ''
             remedy = (
@@ -177,6 +181,7 @@ def check_pair(pair: Pair) -> tuple[Pair, Header, Header]:
         DataError: naming the files.
     """
     image = _image_header(pair)
+    check_depth(pair.image, image, pair.loader)
     labels = _label_header(pair)
     size = image.size[::-1] if image.orientation in TRANSPOSED and _oriented(pair) else image.size
     if size != labels.size and pair.decoder:  # the decoder of the pipeline has the last word

@@ -68,6 +68,7 @@ def report(
             f'{_listed(skipped)}',
             WARNING if lost > MUCH * total else 20,
         )
+    _report_empty(content, used, classes, training, path)
     _report_twice(annotations, boxes, path)
 
 
@@ -136,6 +137,23 @@ def _check_masks(used: list[dict], masks: str, path: str | os.PathLike) -> None:
             f"annotation file '{path}': {len(others)} of {len(used)} masks are RLE (the first has id {others[0]}), "
             'which LoadAnnotations cannot read with poly2mask=False: set poly2mask=True, or convert them to polygons'
         )
+
+
+def _report_empty(
+    content: dict, used: np.ndarray, classes: tuple[str, ...], training: bool, path: str | os.PathLike
+) -> None:
+    """Name the classes of the model that the file lists and has no annotation of."""
+    found = {content['annotations'][i]['category_id'] for i in np.flatnonzero(used)}
+    empty = [c for c in content['categories'] if c['id'] not in found and c['name'] in classes]
+    if not empty or not found:
+        return
+    names = [category['name'] for category in empty]
+    groups = [c.get('supercategory') for c in content['categories'] if c['id'] in found]
+    parents = [name for name in names if name in groups]
+    hint = f'; {parents[0]!r} is the supercategory of others: set classes to those' if parents else ''
+    effect = 'they are not learnt' if training else 'the metrics leave them out'
+    rest = f' and {len(names) - 10} others' if names[10:] else ''
+    _log(f"annotation file '{path}' has no annotation of {names[:10]}{rest}, {effect}{hint}", WARNING)
 
 
 def _report_twice(annotations: list[dict], boxes: np.ndarray, path: str | os.PathLike) -> None:

@@ -98,6 +98,11 @@ def scan(dataset: Any, loader: str, accepted: Sequence[Legal], logger: logging.L
         return
     start = time.monotonic()
     for part in parts:
+        twice = [name for name, count in Counter(part.metainfo.get('classes') or ()).items() if count > 1]
+        if twice:
+            raise DataError(
+                f'{loader}: classes names {twice[0]!r} twice: give each class once, in the order of the values'
+            )
         warning = check_folder(part)
         if warning:
             logger.warning(f'{loader}: {warning}')

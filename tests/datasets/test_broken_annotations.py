@@ -131,7 +131,7 @@ BROKEN = {
         for v in ['0', 'false', 2, -1, [1], {'a': 1}, math.nan, 0.5, HUGE]
     },
     **{
-        f'mask {v!s:.30}': (with_mask(v), r'annotation 11 |1 of 4 annotations have no .segmentation. \(.* id 11')
+        f'mask {v!s:.30}': (with_mask(v), r'annotation 11[: ]|1 of 4 annotations have no .segmentation. \(.* id 11')
         for v in [
             None,
             [],
@@ -149,7 +149,7 @@ BROKEN = {
         + [[SQUARE, 3], [[math.nan, 2, 3, 4, 5, 6]], [[1, 2, 3, math.inf, 5, 6]], [[1, 2, 3, 1e9, 5, 6]]]
         + [[[1, 2, 3, HUGE, 5, 6]], [*SQUARE, [1, 2, 3, 4]], [{'x': 1}], [*SQUARE, 'x'], [1, 2, 3, 4, 5]]
     },
-    'RLE size swapped': (with_rle(size=[WIDTH, HEIGHT]), r'annotation 11 RLE size \[50, 40\].*order is height, width'),
+    'RLE size swapped': (with_rle(size=[WIDTH, HEIGHT]), r'annotation 11: RLE size \[50, 40\].*order is height, width'),
     **{
         f'RLE size {v}': (with_rle(size=v), 'RLE size')
         for v in [None, [40], 40, '40,50', [0, 0], [-40, -50], [40.0, 50]]
@@ -157,7 +157,7 @@ BROKEN = {
     **{f'RLE size {v}': (with_rle(size=v), 'RLE size') for v in [[40, 51], [2**31, 2**31], [HUGE, 1]]},
     **{f'RLE size {v}': (with_rle(size=v), 'RLE size') for v in [[True, 50], [-40, -50], [40.0, 50]]},
     **{
-        f'RLE counts {v!s:.20}': (with_rle(counts=v), 'annotation 11 RLE counts')
+        f'RLE counts {v!s:.20}': (with_rle(counts=v), 'annotation 11: RLE counts')
         for v in [None, 5, '', ' ', 'é', '\0', RLE['counts'][:-2], RLE['counts'] + 'P', f"b'{RLE['counts']}'", 'zzzz']
         + [
             'P' * 9,
@@ -343,6 +343,44 @@ def test_corners_in_place_of_sizes_are_suspected(home, caplog, boxes, warns):
     build(home, content, pipeline=[])
     assert ('would fit as corners' in caplog.text) == warns
     MMLogger.get_current_instance().removeHandler(caplog.handler)
+
+
+@pytest.mark.parametrize(
+    'edit, expected',
+    [
+        (lambda a: a.update(bbox=[6, 6, 8, 8]), '4 of 4 masks match their boxes by less than half, the first is'),
+        (lambda a: a.update(segmentation=[[2, 6, 10, 6, 2, 6]]), '4 of 4 masks match'),
+        (lambda a: a['bbox'].__setitem__(2, 9), ''),
+        (lambda a: a.update(category_id=7), "has no annotation of ['date'], they are not learnt"),
+    ],
+    ids=['centres', 'without an area', 'larger box', 'a class without annotations'],
+)
+def test_what_looks_wrong_is_a_warning(home, caplog, edit, expected):
+    content = good()
+    for entry in content['annotations']:
+        edit(entry)
+    MMLogger.get_current_instance().addHandler(caplog.handler)
+    build(home, content)
+    MMLogger.get_current_instance().removeHandler(caplog.handler)
+    warnings = [record.message for record in caplog.records if record.levelname == 'WARNING']
+    assert len(warnings) == bool(expected) and expected in ''.join(warnings)
+
+
+def test_a_supercategory_that_is_listed_as_a_class_is_named(home, caplog):
+    MMLogger.get_current_instance().addHandler(caplog.handler)
+    content = good()
+    for category in content['categories']:
+        category['supercategory'] = 'fruits'
+    content['categories'].insert(0, dict(id=0, name='fruits', supercategory=['none']))
+    build(home, content)
+    assert "['fruits'], they are not learnt; 'fruits' is the supercategory of others" in caplog.text
+    MMLogger.get_current_instance().removeHandler(caplog.handler)
+
+
+@pytest.mark.parametrize('entry, kind', [(dict(segments_info=[]), 'a panoptic file'), (dict(caption='x'), 'a caption')])
+def test_annotations_of_another_task_are_named(home, entry, kind):
+    with pytest.raises(DataError, match=f'is (that of )?{kind}: export .* for object detection'):
+        build(home, {**good(), 'annotations': [dict(id=1, image_id=1, **entry)]})
 
 
 def test_broken_masks_do_not_matter_to_boxes(home):

@@ -168,6 +168,39 @@ def test_hidden_stray_nested_and_linked_files(folder, said):
         assert any(expected in line for line in said), (expected, said)
 
 
+@pytest.mark.parametrize('dtype, expected', [(np.uint16, 'lower 8 are dropped'), (np.float32, 'cannot read')])
+def test_images_of_more_than_8_bits_are_named_or_scaled(folder, said, dtype, expected):
+    deep = PICTURE[..., 0].astype(dtype) * 16
+    Image.fromarray(deep).save(folder / 'train' / 'cat' / '1.tif')
+    try:
+        read(folder)
+    except InputError as error:
+        said.append(str(error))
+    assert sum(expected in line and 'value_range' in line for line in said) == 1
+    said.clear()
+    pipeline = [dict(type='mmvim.LoadImageFromFile', value_range=(0, 16 * 255)), PIPELINE[1]]
+    dataset = ClassFolderDataset(data_root=str(folder / 'train'), pipeline=pipeline)
+    image = next(dataset[i] for i in range(5) if dataset.get_data_info(i)['img_path'].endswith('1.tif'))['inputs']
+    assert (image.numpy() == np.rint(deep / 16)).all() and 'bits' not in ''.join(said)
+
+
+@pytest.mark.parametrize(
+    'folders, classes, expected',
+    [
+        (['1', '2'], ['cat', 'dog', 1, 2], ('cat', 'dog', '1', '2')),
+        (['__MACOSX', '@eaDir', '.thumbs'], None, ('cat', 'dog')),
+    ],
+    ids=['numbers', 'folders of systems'],
+)
+def test_what_is_a_class_and_its_name(folder, folders, classes, expected):
+    for name in folders:
+        draw(folder / 'train' / name / '0.png')
+    dataset = ClassFolderDataset(
+        data_root=str(folder / 'train'), pipeline=PIPELINE, metainfo=classes and dict(classes=classes)
+    )
+    assert tuple(dataset.metainfo['classes']) == expected
+
+
 @pytest.mark.parametrize('make', ['gray', 'alpha', 'CMYK.jpg', 'palette', 'tail.jpg', 'tiff', 'webp'])
 def test_legal_odd_images(folder, said, make):
     path = folder / 'train/cat/9.png'

@@ -179,6 +179,27 @@ def test_missing_files_are_named(folder, settings, message):
         DATASETS.build({**whole, **settings})
 
 
+@pytest.mark.parametrize(
+    'stored, named, hint',
+    [
+        ('1.JPG', '1.jpg', "'1.JPG' does"),
+        ('1.png', '1.jpg', "'1.png' does"),
+        ('a b.jpg', 'a%20b.jpg', "'a b.jpg' does"),
+        ('1.jpg', '1.jpg ', "'1.jpg' does"),
+        ('1.jpg', '1', "'1.jpg' does"),
+        ('1.jpg', 'images/1.jpg', 'nor does its folder'),
+        ('\u00e9.jpg', 'e\u0301.jpg', r"'\xe9.jpg' does"),
+        ('e\u0301.jpg', '\u00e9.jpg', r"'e\u0301.jpg' does"),
+    ],
+)
+def test_a_missing_image_of_a_similar_name_is_named(folder, stored, named, hint):
+    (folder / 'images' / 'train1.jpg').rename(folder / 'images' / stored)
+    change(folder, lambda content: content['images'][0].update(file_name=named))
+    with pytest.raises(DataError, match='1 of 2 images .* do not exist') as raised:
+        build(folder)
+    assert hint in str(raised.value)
+
+
 def spoil(path, how):
     data = path.read_bytes()
     path.write_bytes({'empty': b'', 'text': b'not an image', 'truncated': data[: len(data) // 2]}[how])

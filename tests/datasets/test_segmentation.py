@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 import pytest
 from mmengine.dataset import ConcatDataset, RepeatDataset
+from mmengine.logging import MMLogger
 from mmseg.datasets import BaseSegDataset
 from mmseg.utils import register_all_modules
 from PIL import Image
@@ -283,6 +284,41 @@ def test_an_error_in_a_pipeline_names_the_sample(folder):
 def test_jpeg_label_maps_are_named_though_their_values_are_legal(folder, caplog):
     jpeg(np.zeros_like(LABELS))(folder / 'labels/1.png')
     assert '1 label maps are JPEG files' in look(dataset_of(folder), caplog) and 'labels/1.png' in caplog.text
+
+
+def test_a_class_that_is_named_twice_is_refused(folder, caplog):
+    with pytest.raises(InputError, match="train_dataloader: classes names 'ground' twice"):
+        look(dataset_of(folder, classes=('ground', 'ground')), caplog)
+
+
+DEEP = {
+    'grey': (PICTURE[..., 0].astype(np.uint16) * 16, '.png'),
+    'colour': (PICTURE.astype(np.uint16) * 16, '.png'),
+    'TIFF': (PICTURE[..., 0].astype(np.uint16) * 16, '.tif'),
+    'float': (PICTURE[..., 0].astype(np.float32) * 16, '.tif'),
+}
+
+
+@pytest.mark.parametrize('kind', DEEP)
+def test_images_of_more_than_8_bits_are_named_or_scaled(folder, caplog, monkeypatch, kind):
+    array, suffix = DEEP[kind]
+    for i in range(3):
+        (folder / 'images' / f'{i}.png').unlink()
+        cv2.imwrite(str(folder / 'images' / f'{i}{suffix}'), array)
+    monkeypatch.setattr(MMLogger.get_current_instance(), 'handle', caplog.handler.handle)
+    remedy = "mmvim.LoadImageFromFile' and value_range"
+    if kind == 'float':
+        with pytest.raises(InputError, match=f'32 bits per value, which this pipeline cannot read: .*{remedy}'):
+            look(dataset_of(folder, img_suffix=suffix), caplog)
+    else:
+        text = look(dataset_of(folder, img_suffix=suffix), caplog)
+        assert text.count('16 bits per value, of which the lower 8 are dropped') == 1 and remedy in text
+    caplog.clear()
+    scaled = [dict(type='mmvim.LoadImageFromFile', value_range=(0, 16 * 255)), *PIPELINE[1:]]
+    dataset = dataset_of(folder, scaled, img_suffix=suffix)
+    assert 'bits' not in look(dataset, caplog)
+    image = dataset[0]['inputs'].numpy().transpose(1, 2, 0)
+    assert (image == (array if array.ndim == 3 else array[..., None]).astype(float) / 16).all()
 
 
 @pytest.mark.parametrize('orientation', [2, 3, 4])

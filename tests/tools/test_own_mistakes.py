@@ -93,9 +93,9 @@ def first(**changes):
     'change, message',
     [
         (first(bbox=[math.nan, 1, 2, 3]), r'annotation 1 has the bbox \[nan, 1, 2, 3\]'),
-        (first(segmentation=[[1, 2, 3, 4]]), r'annotation 1 polygon \[1, 2, 3, 4\]'),
-        (first(segmentation=dict(size=[WIDTH, HEIGHT], counts='PP')), 'annotation 1 RLE size'),
-        (first(segmentation=dict(size=[HEIGHT, WIDTH], counts='oooo')), 'annotation 1 RLE counts'),
+        (first(segmentation=[[1, 2, 3, 4]]), r'annotation 1: polygon \[1, 2, 3, 4\]'),
+        (first(segmentation=dict(size=[WIDTH, HEIGHT], counts='PP')), 'annotation 1: RLE size'),
+        (first(segmentation=dict(size=[HEIGHT, WIDTH], counts='oooo')), 'annotation 1: RLE counts'),
         (first(category_id='7'), "annotation 1 has category_id the text '7'"),
         (of_all(segmentation=None), "annotations have no 'segmentation'"),
     ],
