@@ -40,13 +40,20 @@ MAX_RATIO = 100
 SOURCE = 'source'
 MODEL_NAME = 'model_name'
 
+# the one schedule of mmengine whose state holds functions, by their name; imported only where a file has them
+ONE_CYCLE = 'mmengine.optim.scheduler.param_scheduler.OneCycleParamScheduler'
+
 MapLocation = str | torch.device | Callable | Mapping | None
 
 
-def _statistic(owner: Any, name: str) -> Any:
-    """What a pickled `getattr` means here: the history buffers of mmengine's logs name their own methods by it."""
+def _method(owner: Any, name: str) -> Any:
+    """What a pickled `getattr` means here: mmengine's logs and its one-cycle schedule name their own methods by it."""
     if owner is HistoryBuffer and not name.startswith('_'):
         return getattr(owner, name)
+    if owner == ONE_CYCLE and name in ('_annealing_cos', '_annealing_linear'):
+        from mmengine.optim.scheduler.param_scheduler import OneCycleParamScheduler
+
+        return getattr(OneCycleParamScheduler, name)
     raise pickle.UnpicklingError(f'getattr of {owner!r}')
 
 
@@ -62,7 +69,8 @@ def _allowed() -> list:
     return [
         argparse.Namespace,
         HistoryBuffer,
-        (_statistic, 'builtins.getattr'),
+        (_method, 'builtins.getattr'),
+        (ONE_CYCLE, ONE_CYCLE),  # its name, so that a file can call nothing but those two
         slice,
         np.ndarray,
         np.dtype,
