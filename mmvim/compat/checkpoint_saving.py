@@ -69,6 +69,22 @@ class _DeletingLater:
                 getattr(self.backend, method)(path)
 
 
+def _warn_unless_readable(path: str, runner: Any) -> None:
+    """Say at the first checkpoint, not when it is needed, that its file will be refused."""
+    from mmvim.errors import CheckpointError
+    from mmvim.weights.reading import read_checkpoint
+
+    if not os.path.isfile(path):  # remote, or a folder, as DeepSpeed saves them
+        return
+    try:
+        read_checkpoint(path, map_location='meta')  # without the tensors
+    except CheckpointError as error:
+        runner.logger.warning(
+            f'neither --resume nor a test will read what this run saves: {str(error).partition("; loading")[0]}; keep '
+            'only tensors, numbers and text in the message hub, in meta, and in the states of hooks and schedulers'
+        )
+
+
 def _replace_hook(host: ModuleType) -> None:
     from mmengine.dist import is_main_process
     from mmengine.fileio import LocalBackend, get_file_backend
@@ -113,6 +129,9 @@ def _replace_hook(host: ModuleType) -> None:
         )
         if not is_main_process():
             return
+        if not getattr(self, 'read_once', False):
+            self.read_once = True
+            _warn_unless_readable(self.last_ckpt, runner)
         with replacing(os.path.join(runner.work_dir, 'last_checkpoint')) as file:
             file.write(os.fspath(self.last_ckpt).encode())
         for path in outdated:

@@ -2,13 +2,12 @@
 
 import math
 import os
-import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mmvim.errors import CheckpointError, first_line
-from mmvim.weights.reading import read_checkpoint
+from mmvim.weights.reading import check_intact, read_checkpoint
 
 SUFFIXES = ('.pth', '.pt', '.ckpt')
 REMEDY = 'start from its weights with load_from=FILE in place of --resume'
@@ -117,23 +116,6 @@ def _noted(folder: Path) -> Path | None:
 def _short(error: CheckpointError) -> str:
     """A message without its remedy, which is another one here."""
     return first_line(error).rpartition(': ')[0] or first_line(error)
-
-
-def check_intact(path: str | os.PathLike) -> None:
-    """Compare a file with the check sums inside, which torch writes but does not look at.
-
-    Raises:
-        CheckpointError: if they differ.
-    """
-    if not zipfile.is_zipfile(path):
-        return  # the format before torch 1.6 has none
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-    except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError) as error:
-        damaged = first_line(error)
-    if damaged:
-        raise CheckpointError(f"'{path}' is damaged (check sum of {damaged}): use another one")
 
 
 def check_resumable(path: str | os.PathLike, content: Mapping[str, Any], with_schedulers: bool) -> None:

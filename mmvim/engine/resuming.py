@@ -12,7 +12,7 @@ from mmengine.runner.checkpoint import _load_checkpoint
 
 from mmvim.engine.hooks import unwrapped
 from mmvim.engine.randomness import ResumableLoader
-from mmvim.engine.resume_choice import REMEDY, Found, check_intact, check_resumable, newest_checkpoint
+from mmvim.engine.resume_choice import REMEDY, Found, check_resumable, newest_checkpoint
 from mmvim.engine.resume_optimizer import (
     batch_size_of,
     early_stopping_hooks,
@@ -24,7 +24,7 @@ from mmvim.engine.resume_optimizer import (
 from mmvim.errors import CheckpointError, ConfigError
 from mmvim.registry import HOOKS
 from mmvim.weights import Conversion, compare
-from mmvim.weights.reading import find_state_dict
+from mmvim.weights.reading import check_intact, find_state_dict
 
 KEY = 'mmvim_run'  # entry of a checkpoint
 # parts of the hosts that keep something from one iteration to the next which no checkpoint holds
@@ -115,8 +115,8 @@ def _choose(runner: Runner) -> tuple[str | None, int | None]:
         if '://' in given:
             found = Found(Path(given), _load_checkpoint(given, map_location='cpu'))
         else:
-            check_intact(given)
             found = Found.read(given)
+            check_intact(given)
         check_resumable(given, found.content, with_schedulers)
     else:
         model = unwrapped(runner.model)

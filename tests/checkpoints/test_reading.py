@@ -14,6 +14,9 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.model import BaseModel
+from mmengine.optim import OptimWrapper
+from mmengine.optim.scheduler.param_scheduler import OneCycleParamScheduler
+from mmengine.registry import PARAM_SCHEDULERS
 from mmengine.runner import Runner
 from mmengine.runner.checkpoint import CheckpointLoader
 from safetensors.torch import save_file
@@ -131,14 +134,49 @@ def test_other_pickled_classes_are_refused_and_never_run(tmp_path, monkeypatch, 
     assert not os.path.exists('trap-was-sprung')
 
 
-def test_getattr_reaches_nothing_but_the_statistics_of_history_buffers(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ('owner', 'name'),
+    [(np.ndarray, 'tofile'), (OneCycleParamScheduler, 'build_iter_from_epoch'), (OneCycleParamScheduler, '__init__')],
+)
+def test_getattr_reaches_nothing_but_methods_that_runs_save(tmp_path, owner, name):
     class Reach:
         def __reduce__(self):
-            return getattr, (np.ndarray, 'tofile')
+            return getattr, (owner, name)
 
     torch.save({'model': WEIGHTS, 'extra': Reach()}, tmp_path / 'w.pth')
-    with pytest.raises(CheckpointError, match='getattr of .*ndarray'):
+    with pytest.raises(CheckpointError, match=f'getattr of .*{owner.__name__}'):
         read_state_dict(tmp_path / 'w.pth')
+
+
+def test_the_class_of_a_schedule_is_not_called(tmp_path):
+    class Called:
+        def __reduce__(self):
+            return OneCycleParamScheduler, ()
+
+    torch.save({'model': WEIGHTS, 'extra': Called()}, tmp_path / 'w.pth')
+    with pytest.raises(CheckpointError, match="'str' object is not callable"):
+        read_state_dict(tmp_path / 'w.pth')
+
+
+ARGUMENTS = dict(  # of schedules that need some
+    CosineAnnealing=dict(T_max=5),
+    CosineRestart=dict(periods=[2, 2], restart_weights=[1, 1], eta_min=0),
+    Exponential=dict(gamma=0.9),
+    MultiStep=dict(milestones=[2]),
+    OneCycle=dict(eta_max=0.1, total_steps=9),
+    ReduceOnPlateau=dict(monitor='acc'),
+    Step=dict(step_size=2),
+)
+
+
+@pytest.mark.parametrize('zipped', [True, False])
+@pytest.mark.parametrize('name', [name for name in PARAM_SCHEDULERS.module_dict if name.endswith('LR')])
+def test_the_state_of_every_schedule_is_read(tmp_path, name, zipped):
+    kind = PARAM_SCHEDULERS.get(name)
+    optimizer = torch.optim.SGD([torch.ones(2, requires_grad=True)], lr=0.1)
+    state = kind(OptimWrapper(optimizer), **ARGUMENTS.get(name.removesuffix('LR'), {})).state_dict()
+    torch.save({'a': WEIGHTS['a.bias'], 'state': state}, tmp_path / 'w.pth', _use_new_zipfile_serialization=zipped)
+    assert read_checkpoint(tmp_path / 'w.pth')['state'] == state
 
 
 def saved_bytes(zipped):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from mmengine.dataset import DefaultSampler
 from mmengine.evaluator import BaseMetric
+from mmengine.hooks import Hook
 from mmengine.model import BaseModel
 from mmengine.runner import Runner
 from torch import nn
@@ -40,7 +41,7 @@ class Rising(BaseMetric):
         return dict(acc=Rising.value)
 
 
-def train(work_dir, max_iters=4, **hook):
+def train(work_dir, max_iters=4, hooks=(), **hook):
     images = [dict(inputs=torch.ones(2))] * 4
     loader = DataLoader(
         images, sampler=DefaultSampler(images), collate_fn=lambda batch: dict(inputs=[b['inputs'] for b in batch])
@@ -55,11 +56,14 @@ def train(work_dir, max_iters=4, **hook):
         val_evaluator=[Rising()],
         optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.1)),
         default_hooks=dict(checkpoint=dict(type='CheckpointHook', interval=1, by_epoch=False, **hook)),
-        custom_hooks=[dict(type='EMAHook')],
+        custom_hooks=[dict(type='EMAHook'), *hooks],
         experiment_name=f'{work_dir.parent.name}-{work_dir.name}',
         log_level='ERROR',
     )
+    lines = []
+    runner.logger.warning = lambda text, *args: lines.append(text)
     runner.train()
+    return lines
 
 
 def complete(folder):
@@ -107,6 +111,24 @@ def test_whenever_a_run_ends_a_complete_checkpoint_is_there(tmp_path, monkeypatc
     assert Path((folder / 'last_checkpoint').read_text()).name == 'iter_4.pth'
     assert sum('-' in n for n in complete(folder)) == 2
     assert not list(folder.glob('*.unfinished'))
+
+
+class Own:
+    pass
+
+
+class Keeping(Hook):
+    def before_save_checkpoint(self, runner, checkpoint):
+        checkpoint['meta']['own'] = Own()
+
+
+def test_a_run_says_at_its_first_checkpoint_that_it_cannot_be_read(tmp_path):
+    def named(folder, hooks):
+        return [line for line in train(folder, hooks=hooks) if 'neither --resume nor a test' in line]
+
+    (line,) = named(tmp_path / 'own', [Keeping()])
+    assert 'iter_1.pth' in line and 'Own' in line and '\n' not in line
+    assert named(tmp_path / 'plain', []) == []
 
 
 def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path):

@@ -2,13 +2,16 @@
 
 import os
 import shutil
+import zipfile
+from pathlib import Path
 
 import pytest
 import torch
 
-from mmvim.engine.resume_choice import check_intact, check_resumable, newest_checkpoint
+from mmvim.engine.resume_choice import check_resumable, newest_checkpoint
 from mmvim.errors import CheckpointError
 from mmvim.tools.command_line import find_checkpoint
+from mmvim.weights.reading import check_intact
 
 
 def save(path, iteration, epoch=0, **changes):
@@ -131,6 +134,25 @@ def test_another_format_of_torch_is_read(tmp_path):
     torch.save(content, tmp_path / 'iter_4.pth', _use_new_zipfile_serialization=False)
     check_intact(tmp_path / 'iter_4.pth')
     assert newest(tmp_path) == ('iter_4.pth', [])
+
+
+def test_a_file_saved_without_checksums_is_resumed(tmp_path):
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        save(tmp_path / 'iter_4.pth', 4)
+    finally:
+        torch.serialization.set_crc32_options(before)
+    assert newest(tmp_path) == ('iter_4.pth', [])
+
+
+def test_only_the_newest_of_many_large_files_is_read_as_a_whole(tmp_path, monkeypatch):
+    read = []
+    testzip = zipfile.ZipFile.testzip
+    monkeypatch.setattr(zipfile.ZipFile, 'testzip', lambda file: read.append(Path(file.filename).name) or testzip(file))
+    for iteration in range(5):
+        save(tmp_path / f'iter_{iteration}.pth', iteration)
+    assert newest(tmp_path) == ('iter_4.pth', []) and read == ['iter_4.pth']
 
 
 def test_what_does_not_say_how_new_it_is_is_named(tmp_path):

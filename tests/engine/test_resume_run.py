@@ -19,6 +19,7 @@ RUNS = {
     'epochs': dict(by_epoch=True, end=3, interval=(1, True)),
     'within an epoch, 1 worker': dict(by_epoch=True, end=2, interval=4, workers=1),
     'accumulation': dict(accumulate=3, end=8, sampler=INFINITE),
+    'one cycle': dict(param_scheduler=[dict(type='OneCycleLR', eta_max=0.1, total_steps=8, by_epoch=False)]),
     'batches of one shape': dict(
         sampler=dict(**INFINITE, batch_sampler=dict(type='mmdet.AspectRatioBatchSampler')), workers=1
     ),
