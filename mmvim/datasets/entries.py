@@ -27,12 +27,18 @@ LARGEST = 2**31  # pixels of an image; pycocotools counts in 32 bits
 LARGEST_ID = 2**63
 CHUNK = 200_000  # annotations between two lines of progress
 BATCH = 500_000  # characters of compressed masks checked together
+SAMPLE = 20_000  # polygons whose extent is compared with their boxes
 FOREIGN = {'segments_info': 'that of a panoptic file', 'caption': 'a caption'}  # by a key of theirs
 FLAGS = (0, 1)  # equal to 0.0, 1.0, False and True
 
 
 class _WrongError(ValueError):
     """What is wrong with a value, and the remedy."""
+
+
+def _is_text(name: str) -> bool:
+    """Whether a name can be written to a file, and can be one's name: not so with half of a character or a NUL."""
+    return '\0' not in name and name == name.encode(errors='ignore').decode()
 
 
 def _describe(value: object) -> str:
@@ -84,7 +90,7 @@ def check_categories(categories: list, path: str | os.PathLike) -> list[dict]:
         raise DataError(f"annotation file '{path}' names no classes: every entry of 'categories' needs id and name")
     for category in categories:
         name = category.get('name')
-        if name is None or not isinstance(name, str | int | float) or name == '':
+        if not isinstance(name, str | int | float) or name == '' or not _is_text(str(name)):
             raise DataError(
                 f"annotation file '{path}' names no classes: category {shown(category.get('id'))} has the name "
                 f'{shown(name)}; every entry needs id and name'
@@ -142,7 +148,7 @@ def check_images(images: list, path: str | os.PathLike, repairs: Counter) -> lis
 
 def _check_image(image: dict, repairs: Counter) -> None:
     name = image['file_name']
-    if not isinstance(name, str) or not name.strip() or '\0' in name:
+    if not isinstance(name, str) or not name.strip() or not _is_text(name):
         raise _WrongError(f'the file_name {shown(name)}: it must be the path of a file below the image folder')
     for key in ('height', 'width'):
         side = image[key]
@@ -248,7 +254,7 @@ class _Annotations:
             self.polygons += 1
             if x0 > x + w + 1 or x1 < x - 1 or y0 > y + h + 1 or y1 < y - 1:
                 self.astray.append(index)
-            elif differs((x0, y0, x1 - x0, y1 - y0), entry['bbox']):
+            elif self.polygons <= SAMPLE and differs((x0, y0, x1 - x0, y1 - y0), entry['bbox']):
                 self.unlike.append(index)
         elif not isinstance(mask, dict):
             raise _WrongError(
@@ -294,11 +300,12 @@ class _Annotations:
         print_log(text, 'current', 30)
 
     def _report_unlike(self) -> None:
-        if 2 * len(self.unlike) <= self.polygons:
+        compared = min(self.polygons, SAMPLE)
+        if 2 * len(self.unlike) <= compared:
             return
         first = self.entries[self.unlike[0]]
         print_log(
-            f"annotation file '{self.path}': {len(self.unlike)} of {self.polygons} masks match their boxes by less "
+            f"annotation file '{self.path}': {len(self.unlike)} of {compared} masks match their boxes by less "
             f'than half, the first is {self._name(self.unlike[0])} with bbox {shown(first["bbox"])} and segmentation '
             f'{shown(first["segmentation"])}: a bbox is (x, y, width, height), x and y are its upper left corner',
             'current',

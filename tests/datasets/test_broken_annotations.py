@@ -102,13 +102,20 @@ def with_rle(value=RLE, **changes):
 
 # label: (content, what the message must say besides the file)
 WRONG_TYPES = [True, None, [1], {'a': 1}, math.nan, math.inf, -math.inf, 1.5]
+NO_TEXTS = ['a\0b', 'a\ud800']
 BROKEN = {
     **{f'image id {v}': (spoilt('images', 'id', v), "image .*'id'|image 1 .*has the id") for v in WRONG_TYPES},
     **{f'image height {v}': (spoilt('images', 'height', v), 'height') for v in [*WRONG_TYPES, '40', 0, -4, HUGE]},
     **{f'image width {v}': (spoilt('images', 'width', v), 'width') for v in [*WRONG_TYPES, '', 10**9]},
-    **{f'file_name {v}': (spoilt('images', 'file_name', v), 'file_name') for v in [*WRONG_TYPES, 7, '', ' ', 'a\0b']},
+    **{
+        f'file_name {v}': (spoilt('images', 'file_name', v), 'file_name')
+        for v in [*WRONG_TYPES, 7, '', ' ', 'a\0b', 'a\ud800']
+    },
     **{f'category id {v}': (spoilt('categories', 'id', v), 'category 1 .*has the id') for v in [*WRONG_TYPES, HUGE]},
-    **{f'name {v}': (spoilt('categories', 'name', v), 'category 3 has the name') for v in [None, '', [], {'a': 1}]},
+    **{
+        f'name {v}': (spoilt('categories', 'name', v), 'category 3 has the name')
+        for v in [None, '', [], {'a': 1}, 'a\0b', 'a\ud800']
+    },
     **{
         f'{key} {v}': (spoilt('annotations', key, v), f'annotation 11 has (no )?{key}')
         for key in ('image_id', 'category_id')
