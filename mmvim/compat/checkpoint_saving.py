@@ -69,15 +69,16 @@ class _DeletingLater:
                 getattr(self.backend, method)(path)
 
 
-def _warn_unless_readable(path: str, runner: Any) -> None:
+def _warn_unless_readable(hook: Any, runner: Any) -> None:
     """Say at the first checkpoint, not when it is needed, that its file will be refused."""
     from mmvim.errors import CheckpointError
     from mmvim.weights.reading import read_checkpoint
 
-    if not os.path.isfile(path):  # remote, or a folder, as DeepSpeed saves them
+    if getattr(hook, 'read_once', False) or not os.path.isfile(hook.last_ckpt):  # remote, or a folder of DeepSpeed
         return
+    hook.read_once = True
     try:
-        read_checkpoint(path, map_location='meta')  # without the tensors
+        read_checkpoint(hook.last_ckpt, map_location='meta')  # without the tensors
     except CheckpointError as error:
         runner.logger.warning(
             f'neither --resume nor a test will read what this run saves: {str(error).partition("; loading")[0]}; keep '
@@ -129,9 +130,7 @@ def _replace_hook(host: ModuleType) -> None:
         )
         if not is_main_process():
             return
-        if not getattr(self, 'read_once', False):
-            self.read_once = True
-            _warn_unless_readable(self.last_ckpt, runner)
+        _warn_unless_readable(self, runner)
         with replacing(os.path.join(runner.work_dir, 'last_checkpoint')) as file:
             file.write(os.fspath(self.last_ckpt).encode())
         for path in outdated:
