@@ -1,6 +1,7 @@
 """`--resume` goes on from the newest checkpoint that is of use, and says which it skipped."""
 
 import os
+import pickle
 import shutil
 import zipfile
 from pathlib import Path
@@ -46,7 +47,13 @@ def zero_tensor(path):
     path.write_bytes(content[:4000] + bytes(4000) + content[8000:])
 
 
+def zero_iteration(path):
+    number = pickle.dumps(int(path.stem.removeprefix('iter_')), 2)[2:-1]
+    path.write_bytes(path.read_bytes().replace(number, number[:1] + bytes(len(number) - 1)))
+
+
 DAMAGE = dict(
+    zero_for_the_iteration=zero_iteration,
     truncated=truncate,
     empty=lambda path: path.write_bytes(b''),
     zeros=lambda path: path.write_bytes(bytes(path.stat().st_size)),
