@@ -4,6 +4,8 @@ import inspect
 import re
 from importlib import import_module
 
+import cv2
+import numpy as np
 import pytest
 import torch
 from mmengine.config import ConfigDict
@@ -156,7 +158,20 @@ ROWS = {
             data_prefix=('images', ALONE),
             metainfo=(('a', 'b'), dict(metainfo=dict(classes=('other',)))),
             skip_bad_images=('no', ALONE),
+            images_outside=('no', ALONE),
             kwargs=(dict(foo=1), ALONE),
+        ),
+    ),
+    'ClassFolderDataset': (
+        dict(data_root='classes'),
+        dict(
+            data_root=('gone', dict(data_root='')),
+            data_prefix=('gone', ALONE),
+            metainfo=(dict(classes=('cat', 'cat')), dict(metainfo=dict(classes=('dog',)))),
+            only_classes=('no', ALONE),
+            skip_bad_images=('no', ALONE),
+            extensions=(('.tif',), ALONE),
+            kwargs=(dict(foo=1), dict(ann_file='a.txt')),
         ),
     ),
     'ShapesDataset': (
@@ -170,8 +185,16 @@ ROWS = {
     ),
     'LoadImageFromFile': (
         {},
-        dict(to_float32=('no', ALONE), color_type=('grey', ALONE), imdecode_backend=('x', ALONE), backend_args=HOSTS),
+        dict(
+            to_float32=('no', ALONE),
+            color_type=('grey', ALONE),
+            imdecode_backend=('x', ALONE),
+            backend_args=HOSTS,
+            value_range=((1, 0), ALONE),
+        ),
     ),
+    'FiniteHook': ({}, dict(allowed=(-1, ALONE))),
+    'LabelMapHook': ({}, {}),
     'TimeSplitHook': ({}, dict(warmup=('x', ALONE))),
     'AmpOptimWrapper': (
         {},
@@ -203,6 +226,7 @@ ALSO = dict(
     shapes='num_train|seed|settings',
     data_root=r'data_root|data folder|images',
     ann_file='ann_file|annotation file',
+    data_prefix='data_prefix|image folder',
     metainfo='metainfo|classes',
     optim_wrapper_cfg='optim_wrapper_cfg|optimizer_cfg',
     cls_token='class token|cls_token',
@@ -240,8 +264,12 @@ def build(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'images').mkdir()
     (tmp_path / 'images' / 'x.txt').write_text('')
+    for kind in ('cat', 'dog'):
+        (tmp_path / 'classes' / kind).mkdir(parents=True)
+        cv2.imwrite(str(tmp_path / 'classes' / kind / 'x.png'), np.zeros((8, 8, 3), np.uint8))
     categories, images = [dict(id=1, name='a')], [dict(id=1, file_name='x.txt', height=2, width=2)]
-    content = dict(images=images, annotations=[], categories=categories)
+    annotations = [dict(id=1, image_id=1, category_id=1, bbox=[0, 0, 2, 2], segmentation=[[0, 0, 2, 0, 2, 2]])]
+    content = dict(images=images, annotations=annotations, categories=categories)
     (tmp_path / 'a.json').write_text(str(content).replace("'", '"'))
 
     def run(name, changes):

@@ -3,6 +3,7 @@
 import re
 from copy import deepcopy
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from mmengine.config import Config, DictAction
@@ -89,7 +90,10 @@ def _parts_of_config(path: str) -> tuple[dict, dict | list | None, str | None]:
     """Backbone, neck and default scope of a config file; a neck that only averages does not count."""
     if '::' in path:
         try:
-            cfg = Config.fromstring(f'_base_ = {path!r}', '.py')
+            with TemporaryDirectory() as folder:
+                child = Path(folder, 'child.py')
+                child.write_text(f'_base_ = {path!r}')
+                cfg = Config.fromfile(child)
         except Exception as error:
             raise ConfigError(f"config '{path}' cannot be read: {first_line(error)}; check host and path") from error
     else:

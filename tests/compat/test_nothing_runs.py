@@ -59,7 +59,10 @@ def made(marker):
 
 def whole(weights, **entries):
     """What mmengine saves, with entries replaced."""
-    return dict(dict(meta=dict(epoch=0, iter=1), state_dict=weights, message_hub={}, optimizer={}), **entries)
+    return dict(
+        dict(meta=dict(epoch=0, iter=1), state_dict=weights, message_hub={}, optimizer={}, param_schedulers=[]),
+        **entries,
+    )
 
 
 def in_tar(path, marker, weights):
