@@ -83,7 +83,9 @@ def keep_apart(runner: Runner) -> None:
     dataset = runner.test_dataloader.dataset
     indices = range(len(dataset)) if hasattr(dataset, 'get_data_info') else ()
     paths = [path for path in (dataset.get_data_info(index).get('img_path') for index in indices) if path]
-    names_of(runner.visualizer).announce(paths)
+    drawing = [getattr(hook, '_visualizer', None) for hook in runner.hooks]  # of another runner, if that came last
+    for visualizer in {id(one): one for one in (runner.visualizer, *drawing) if one is not None}.values():
+        names_of(visualizer).announce(paths)
     for metric in runner.test_evaluator.metrics:
         if getattr(metric, 'output_dir', None):
             names_of(metric).announce(paths, by_stem=True)

@@ -12,7 +12,7 @@ fast = module_from_spec(spec_from_loader('fast', loader))
 loader.exec_module(fast)
 FILES = [
     str(file.relative_to(ROOT))
-    for folder in ('kernels', 'mmvim', 'tools', 'configs', 'docs')
+    for folder in ('kernels', 'mmvim', 'tools', 'configs', 'docs', 'tests/kernels/compiled')
     for file in (ROOT / folder).rglob('*')
     if file.is_file() and not {'__pycache__', '.mim', '_build'} & set(file.parts)
 ] + ['setup.py', 'pyproject.toml', 'README.md']
