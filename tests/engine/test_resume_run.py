@@ -57,6 +57,7 @@ def test_a_resumed_run_is_the_unbroken_run(tmp_path, small_run, settings):
         assert small_run.differences(folder / last.name, last) == []
 
 
+@pytest.mark.slow
 def test_the_number_of_workers_changes_nothing(tmp_path, small_run):
     for workers in (0, 2):
         small_run.train(tmp_path / str(workers), workers=workers, end=4, seed=3, sampler=INFINITE)

@@ -59,6 +59,7 @@ def test_compile_fullgraph_inference(vim, images):
     check_inference(vim, images, 'aot_eager')
 
 
+@pytest.mark.slow
 def test_compile_fullgraph_training_of_three_blocks(images):
     torch.manual_seed(0)
     options = dict(cls_token='middle', out_type='featmap', drop_path_rate=0.0, with_cp=True)

@@ -105,6 +105,7 @@ def test_a_broken_sweep_goes_on(configs, tmp_path):
     assert [(r['model'], r['resolution']) for r in again] == [(r['model'], r['resolution']) for r in whole]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'change',
     [
@@ -183,6 +184,7 @@ def test_training_in_bfloat16(configs, tmp_path, monkeypatch):
     assert seen == {(torch.float32, torch.bfloat16)}  # autocast, with parameters in float32
 
 
+@pytest.mark.slow
 def test_memory_of_a_process_of_its_own(configs, tmp_path, monkeypatch):
     commands, run = [], subprocess.run
 

@@ -62,6 +62,7 @@ def run(tool, *arguments):
     command_line.run(tool, ['c.py', *arguments, '--work-dir', 'work', '--device', 'cpu'])
 
 
+@pytest.mark.slow
 def test_train_test_and_predict(folder, capfd):
     run(train_tool)
     assert float(capfd.readouterr().out.rpartition('accuracy/top1: ')[2].split()[0]) > 80
