@@ -4,12 +4,11 @@ Every host loads files through mmengine, which looks these functions up at each 
 `init_cfg`, and the hosts' `get_model` and `init_detector`.
 """
 
-import sys
 from collections import OrderedDict
 from collections.abc import Mapping
 from types import ModuleType
 
-from mmvim.compat.import_hook import when_imported
+from mmvim.compat.import_hook import replace_everywhere, when_imported
 from mmvim.errors import CheckpointError
 
 MODULE = 'mmengine.runner.checkpoint'
@@ -60,9 +59,7 @@ def _replace(host: ModuleType) -> None:
         found._metadata[''] = {**found._metadata.get('', {}), **facts}
         return found
 
-    for module in tuple(sys.modules.values()):  # some have imported the function by name
-        if getattr(module, '__dict__', {}).get('load_state_dict') is original:
-            module.load_state_dict = load_state_dict
+    replace_everywhere('load_state_dict', original, load_state_dict)
     host._load_checkpoint_with_prefix = load_checkpoint_with_prefix
     # what the loaders of all other schemes call: s3://, pavi://, torchvision://, openmmlab://, mmcls://
     host._safe_torch_load, host.load_from_http, host.load_from_local = read_object, read_from_http, read_from_local

@@ -5,11 +5,10 @@ mmengine 0.10.12 writes files in place, deletes the old checkpoint before it wri
 """
 
 import os
-import sys
 from types import ModuleType
 from typing import Any
 
-from mmvim.compat.import_hook import when_imported
+from mmvim.compat.import_hook import replace_everywhere, when_imported
 
 WRITER = 'mmengine.runner.checkpoint'
 HOOK = 'mmengine.hooks.checkpoint_hook'
@@ -42,9 +41,7 @@ def _replace_writer(host: ModuleType) -> None:
         else:
             original(checkpoint, filename, file_client_args, backend_args)
 
-    for module in tuple(sys.modules.values()):  # some have imported the function by name
-        if getattr(module, '__dict__', {}).get('save_checkpoint') is original:
-            vars(module)['save_checkpoint'] = save_checkpoint
+    replace_everywhere('save_checkpoint', original, save_checkpoint)
 
 
 class _DeletingLater:

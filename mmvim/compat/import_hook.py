@@ -43,3 +43,17 @@ def when_imported(name: str, change: Callable[[ModuleType], None]) -> None:
     sys.meta_path.insert(0, _Finder(name, change))
     if name in sys.modules:
         change(sys.modules[name])
+
+
+def replace_everywhere(name: str, original: object, new: object) -> None:
+    """Put a function in the place of another, also in the modules that have imported it by name.
+
+    Args:
+        name: of both, in every module.
+        original: the host's.
+        new: what takes its place.
+    """
+    for module in tuple(sys.modules.values()):
+        names = getattr(module, '__dict__', {})
+        if names.get(name) is original:
+            names[name] = new
