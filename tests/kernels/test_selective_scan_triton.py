@@ -14,6 +14,7 @@ import cases  # noqa: E402
 from cases import Case  # noqa: E402
 from triton_runs import (  # noqa: E402
     DEVICE,
+    in_full,
     in_the_first_process,
     poison,
     put_triton_first,
@@ -43,9 +44,7 @@ def test_compiled():
     run_compiled(__file__)
 
 
-@in_the_first_process
-@pytest.mark.slow
-@pytest.mark.parametrize(('capability', 'marks'), [(90, 'compiled and slow'), (80, 'compiled'), (100, 'compiled')])
+@in_full
 def test_compiled_in_full(capability, marks):
     run_compiled(__file__, capability, marks=marks)
 

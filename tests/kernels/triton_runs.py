@@ -29,11 +29,18 @@ INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
 COMPILED = int(os.environ.get('SSM_KERNELS_COMPILED', '0'))  # compute capability of the GPU that is compiled for
 DEVICE = 'cpu' if INTERPRETED or COMPILED else 'xpu' if torch.xpu.is_available() else 'cuda'
 in_the_first_process = pytest.mark.skipif(bool(INTERPRETED or COMPILED), reason='starts the other processes')
+
 skip_in_interpreter = pytest.mark.skipif(INTERPRETED, reason='takes too long in the interpreter')
 
 
 # a test whose kernels the quick rows compile and run in a form of their own
 slow_if_compiled = pytest.mark.slow if COMPILED else lambda test: test
+
+
+def in_full(test: Callable) -> Callable:
+    """Marks a test that runs all rows of a file through compiled kernels, of every GPU that is compiled for."""
+    rows = [(90, 'compiled and slow'), (80, 'compiled'), (100, 'compiled')]
+    return in_the_first_process(pytest.mark.slow(pytest.mark.parametrize(('capability', 'marks'), rows)(test)))
 
 
 def where_it_runs(test: Callable) -> Callable:
